@@ -1,0 +1,118 @@
+"""What a reader relies on in every notebook: outputs stored and clean, figures and images described, links and anchors alive,
+prose between the code. Links and images are checked in README.md and CONTRIBUTING.md too.
+
+Run from the repository's root. Prints one line a finding and exits with 1 if there is any.
+"""
+import json
+import re
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+from common import cells, cfg, page, site, text
+
+MAX_BYTES, MAX_CODE_RUN = 1_500_000, 4
+MACHINE_PATH = re.compile(r"/(?:work|root|tmp|home|Users|opt)/[\w.~-]+")
+LINK = re.compile(r"(?<!!)\[(?:!\[[^\]]*\]\([^)]*\)|[^\]])*\]\(([^)\s]+)\)")
+IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)\)")
+NO_OUTPUT = re.compile(r"^#\|\s*(?:hide\b|default_exp|exporti?\b|exports\b|include: false)", re.M)
+
+tracked = set(subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True).stdout.split())
+pages = {page(name): Path(name) for name in tracked if re.fullmatch(r"nbs/[^/]+\.ipynb", name)}
+problems = []
+
+
+def prose(source): return re.sub(r"`[^`\n]*`", "`code`", re.sub(r"^```.*?^```", "", source, flags=re.M | re.S))
+
+
+def heading_id(heading):
+    "The anchor that the site gives a heading (pandoc's rule)"
+    if given := re.search(r"\{#([\w.:-]+)[^}]*\}\s*$", heading): return given.group(1)
+    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"[`*$\\]", "", heading)).strip().lower()
+    return re.sub(r"^[^a-z]+", "", re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", plain)))
+
+
+@lru_cache(None)
+def anchors(path):
+    "Where a link into a notebook or a Markdown file can point to: its headings, and the functions and classes it exports"
+    path, found = Path(path), set()
+    markdown = [path.read_text(encoding="utf-8")] if path.suffix == ".md" else []
+    for c in cells(path) if path.suffix == ".ipynb" else []:
+        source = text(c["source"])
+        if c["cell_type"] == "markdown": markdown.append(source)
+        elif re.search(r"^#\|\s*exports?\b", source, re.M): found |= {name.lower() for name in re.findall(r"^(?:def|class) (\w+)", source, re.M)}
+    for source in markdown:
+        found |= {heading_id(h) for h in re.findall(r"^#{1,6}\s+(.+)$", re.sub(r"^```.*?^```", "", source, flags=re.M | re.S), re.M)}
+        found |= set(re.findall(r"<a (?:id|name)=[\"']([\w.-]+)", source))
+    return found
+
+
+def in_repository(target, path):
+    "The file that a link means, and its anchor, or None for a link that leaves the project"
+    target, _, anchor = target.partition("#")
+    if target.startswith(site + "/") or target == site: return pages.get(target[len(site) + 1:] or "index.html", Path(target)), anchor
+    for prefix in (f"{cfg['git_url']}/blob/{cfg['branch']}/", f"https://colab.research.google.com/github/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/"):
+        if target.startswith(prefix): return Path(target[len(prefix):]), anchor
+    if re.match(r"\w+:", target): return None
+    if not target: return path, anchor
+    found = (path.parent / target).resolve()
+    return (found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found), anchor
+
+
+def check_text(source, path, say):
+    "Links alive, anchors there, images with words in place of the picture"
+    source = prose(source)
+    for target in LINK.findall(source):
+        if (where := in_repository(target, path)) is None: continue
+        file, anchor = where
+        if file != path and str(file) not in tracked and not any(name.startswith(f"{file}/") for name in tracked): say(f"dead link {target}")
+        elif anchor and file.suffix in (".ipynb", ".md") and anchor not in anchors(str(file)): say(f"no section #{anchor} in {file}")
+    for alt, target in IMAGE.findall(source):
+        if not alt.strip(): say(f"an image without alt text, {target}")
+        if (where := in_repository(target, path)) is not None and str(where[0]) not in tracked: say(f"no image {target}")
+    for tag in re.findall(r"<img\b[^>]*>", source):
+        if not re.search(r"alt=[\"'][^\"']", tag): say(f"an image without alt text, {tag}")
+
+
+def check(path):
+    say = lambda message: problems.append(f"{path}: {message}")
+    raw = path.read_text(encoding="utf-8")
+    if len(raw.encode()) > MAX_BYTES: say(f"{len(raw)/1e6:.1f} MB, more than {MAX_BYTES/1e6} MB")
+    all_cells = json.loads(raw)["cells"]
+    first = text(all_cells[0]["source"])
+    if not first.startswith("# "): say("the first cell is not a title")
+    if not re.search(r"^> \S", first, re.M): say("no one-sentence subtitle under the title")
+    if f"/nbs/{path.name})" not in first + text(all_cells[1]["source"]): say("no Colab link to this notebook at the top")
+    shown = [c for c in all_cells if c["cell_type"] == "code" and not NO_OUTPUT.search(text(c["source"]))]
+    if shown and not any(c.get("outputs") for c in shown): say("no cell has an output")
+    run = 0
+    for i, c in enumerate(all_cells):
+        source = text(c["source"])
+        if c["cell_type"] != "code":
+            run = 0
+            check_text(source, path, lambda message: say(f"cell {i}: {message}"))
+            continue
+        if not re.search(r"^#\|\s*hide\b", source, re.M): run += 1
+        if run == MAX_CODE_RUN + 1: say(f"cell {i}: more than {MAX_CODE_RUN} code cells without a word between")
+        for o in c.get("outputs", []):
+            data = o.get("data", {})
+            printed = text(o.get("text")) + "".join(text(v) for k, v in data.items() if k.startswith("text/"))
+            if o["output_type"] == "error": say(f"cell {i}: a stored error")
+            if o.get("name") == "stderr": say(f"cell {i}: stored stderr")
+            if "\r" in printed or "%|" in printed: say(f"cell {i}: a progress bar")
+            if found := MACHINE_PATH.search(printed): say(f"cell {i}: a path of some machine, {found.group(0)}")
+            if "text/markdown" in data: check_text(text(data["text/markdown"]), path, lambda message: say(f"cell {i}: {message}"))
+            if "image/png" in data and "fig-alt:" not in source: say(f"cell {i}: a figure without `#| fig-alt:`")
+    return raw
+
+
+for path in sorted(Path("nbs").glob("*.ipynb")): check(path)
+for path in (Path("README.md"), Path("CONTRIBUTING.md")): check_text(path.read_text(encoding="utf-8"), path, lambda message: problems.append(f"{path}: {message}"))
+sidebar = re.findall(r"href: (\S+\.ipynb)", Path("_quarto.yml").read_text(encoding="utf-8"))
+for name in sidebar:
+    if f"nbs/{name}" not in tracked: problems.append(f"_quarto.yml: {name} is not there")
+for path in sorted(Path("nbs").glob("*.ipynb")):
+    if path.name not in sidebar: problems.append(f"_quarto.yml: {path.name} is not in the sidebar")
+print("\n".join(problems) or f"{len(sidebar)} notebooks in order")
+sys.exit(bool(problems))

@@ -1,0 +1,74 @@
+"""README.md from nbs/index.ipynb and CONTRIBUTING.md from nbs/70_contributing.ipynb, for where Quarto is not at hand.
+
+`--check` says whether either has drifted from its notebook. It compares the words and the code, not the layout, so that a
+README rendered by `nbdev_readme` passes as well.
+"""
+import base64
+import re
+import sys
+
+from common import cells, root, site, text
+
+RENDERED = {"README.md": ("index.ipynb", "index_files/figure-commonmark"), "CONTRIBUTING.md": ("70_contributing.ipynb", "contributing_files/figure-commonmark")}
+
+
+def markdown_parts(cells):
+    "The pieces of the README in order: (kind, content), with kind 'text', 'code', 'output' or 'image'"
+    for i, c in enumerate(cells):
+        source = text(c["source"])
+        if c["cell_type"] == "markdown":
+            yield "text", re.sub(r"\]\((?:\d+\w*?_)?(\w+)\.ipynb(#[^)]*)?\)", rf"]({site}/\1.html\2)", source)
+            continue
+        options = dict(re.findall(r"^#\|\s*([\w-]+):?\s*(.*)$", source, re.M))
+        if "hide" in options or c["cell_type"] != "code": continue
+        code = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip()
+        if code and options.get("echo") != "false": yield "code", code
+        for k, o in enumerate(c.get("outputs", []), 1):
+            data = o.get("data", {})
+            if "image/png" in data: yield "image", (f"cell-{i+1}-output-{k}.png", text(data["image/png"]), options.get("fig-alt", "").strip('"'))
+            elif "text/markdown" in data: yield "text", text(data["text/markdown"])
+            else: yield "output", (text(o.get("text")) or text(data.get("text/plain"))).rstrip()
+
+
+def render(parts, target):
+    notebook, images = RENDERED[target]
+    out = [f"<!-- Rendered from nbs/{notebook}: edit that notebook, then run `python .ci/readme.py`. -->"]
+    for kind, part in parts:
+        if kind == "text": out.append(part.strip())
+        elif kind == "code": out.append(f"```python\n{part}\n```")
+        elif kind == "output": out.append("\n".join("    " + line for line in part.split("\n")))
+        else:
+            name, data, alt = part
+            (root / images).mkdir(parents=True, exist_ok=True)
+            (root / images / name).write_bytes(base64.b64decode(data))
+            out.append(f"![{alt}]({images}/{name})")
+    return "\n\n".join(out) + "\n"
+
+
+def words(s): return re.findall(r"\w+", re.sub(r"<[^>]*>", " ", s))
+
+
+def difference(parts, target):
+    "What the notebook says and the rendered file does not, or None"
+    if not (root / target).exists(): return f"there is no {target}"
+    have = " ".join(words((root / target).read_text(encoding="utf-8")))
+    compared = ("text", "code") if target == "README.md" else ("text", "code", "output")      # nbdev_readme lays tables out in its own way
+    missing = [p for kind, part in parts if kind in compared for p in part.split("\n\n") if " ".join(words(p)) not in have]
+    missing += [part[0] for kind, part in parts if kind == "image" and not any((root / RENDERED[target][1]).glob("*.png"))]
+    return missing[0] if missing else None
+
+
+def main():
+    for target, (notebook, images) in RENDERED.items():
+        parts = list(markdown_parts(cells(root / "nbs" / notebook)))
+        if "--check" in sys.argv:
+            missing = difference(parts, target)
+            if missing: sys.exit(f"{target} does not hold what nbs/{notebook} says; run `python .ci/readme.py`. First difference:\n{missing}")
+            print(f"{target} and nbs/{notebook} agree")
+            continue
+        for old in (root / images).glob("*.png"): old.unlink()
+        (root / target).write_text(render(parts, target), encoding="utf-8")
+        print("wrote", target)
+
+
+if __name__ == "__main__": main()

@@ -1,0 +1,122 @@
+"""One epoch of each network: its time, what each switch of the training engine changes in speed and in the result, and where the time goes.
+
+    python benchmarks/epoch.py                                   # ResNet-18 on 46,000 images of CIFAR-100
+    python benchmarks/epoch.py --arch resnet17 resnet18 resnet50 cvt7 --out epoch.json
+    python benchmarks/epoch.py --data synthetic --images 400 --bs 100 --width 8 --rounds 2      # seconds on a CPU
+
+Variants: float32; the same without the two terms; bfloat16; channels_last; compile; the three together. All start from the same weights
+and see the same images in the same order. A round trains each variant for one epoch in turn, so that a change in the machine's
+load meets all of them; the first round (compilation, choice of algorithms) is not counted. Shown for each variant: images per second of
+training and validation together (median, smallest, largest), the ratio to float32 within each round, memory, and the losses after the last
+round with their distance from float32's. Then a profile of some steps of float32: the costliest operations, and how often a step waits for the device.
+"""
+import argparse, json, statistics, time, warnings
+from dataclasses import replace
+
+warnings.filterwarnings('ignore')
+import torch
+from fastai.callback.core import CancelFitException, Callback
+from torch.profiler import ProfilerActivity, profile
+
+from gini_loss.train import build_dls, build_learner, environment, recipe
+
+VARIANTS = {'float32': {}, 'without the terms': dict(loss='ce'), 'bfloat16': dict(precision='bfloat16'), 'channels_last': dict(channels_last=True),
+            'compile': dict(compile=True), 'all three': dict(precision='bfloat16', channels_last=True, compile=True)}
+WAITS = ('aten::_local_scalar_dense', 'cudaStreamSynchronize', 'cudaDeviceSynchronize')
+
+
+def measure(config, args):
+    "Rows of one network, a dictionary for each variant"
+    torch.manual_seed(0)
+    learners, failed, seconds, memory = {}, {}, {}, {}
+    for name, changes in VARIANTS.items():
+        if args.variants and name not in args.variants: continue
+        c = replace(config, **changes)
+        learners[name] = build_learner(c, build_dls(c, device=args.device))
+    images = len(next(iter(learners.values())).dls.train.dataset)
+    for round in range(args.rounds + 1):
+        for name, learn in list(learners.items()):
+            if learn.dls.device.type == 'cuda': torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            try: learn.fit(1)
+            except Exception as e:                                       # a switch that this machine lacks must not lose the others
+                failed[name] = f'{type(e).__name__}: {str(e).splitlines()[0][:200]}'
+                del learners[name]
+                continue
+            if learn.dls.device.type == 'cuda': torch.cuda.synchronize(); memory[name] = torch.cuda.max_memory_allocated()
+            if round: seconds.setdefault(name, []).append(time.perf_counter() - start)
+            print(f'{config.arch} round {round}  {name:18} {time.perf_counter() - start:8.2f} s', flush=True)
+    rows = []
+    for name, learn in learners.items():
+        base = seconds.get('float32')
+        row = dict(arch=config.arch, variant=name, images=images, seconds=seconds[name], images_per_second=[images/s for s in seconds[name]],
+                   ratio=[b/s for b, s in zip(base, seconds[name])] if base else None, peak_memory_bytes=memory.get(name),
+                   **{k: learn.epoch_log.columns[k][-1] for k in ('train_loss', 'train_gini', 'train_kl', 'valid_loss', 'valid_accuracy')})
+        rows.append(row)
+    return rows, failed, learners
+
+
+def profile_steps(learn, steps):
+    "Operations of `steps` training steps by the time they take themselves, and the waits for the device in a step"
+    device = learn.dls.device
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA]*(device.type == 'cuda')) as found:
+        n = 0
+        class Few(Callback):
+            order = 90
+            def after_batch(self):
+                nonlocal n
+                n += 1
+                if n == steps: raise CancelFitException
+        learn.fit(1, cbs=Few())
+        if device.type == 'cuda': torch.cuda.synchronize()
+    on = 'self_device_time_total' if device.type == 'cuda' else 'self_cpu_time_total'
+    events = found.key_averages()
+    total = sum(getattr(e, on) for e in events) or 1
+    top = sorted(events, key=lambda e: -getattr(e, on))[:15]
+    return dict(steps=n, operations=[dict(name=e.key, share=getattr(e, on)/total, milliseconds_per_step=getattr(e, on)/1e3/n, calls_per_step=e.count/n) for e in top],
+                waits={e.key: e.count/n for e in events if e.key in WAITS})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--arch', nargs='+', default=['resnet18'], help='networks (default resnet18)')
+    parser.add_argument('--data', default='cifar100', help='cifar100 or synthetic')
+    parser.add_argument('--images', type=int, help='training images (default all)')
+    parser.add_argument('--bs', type=int, help="batch size (default the recipe's)")
+    parser.add_argument('--width', type=int, help="channels of the first stage (default the paper's)")
+    parser.add_argument('--rounds', type=int, default=3, help='counted rounds (default 3)')
+    parser.add_argument('--steps', type=int, default=10, help='profiled steps (default 10)')
+    parser.add_argument('--variants', nargs='+', choices=list(VARIANTS), help='default all')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--threads', type=int, help="torch's threads")
+    parser.add_argument('--out', help='write everything measured to this JSON file')
+    args = parser.parse_args()
+    if args.threads: torch.set_num_threads(args.threads)
+    out = dict(**environment(torch.device(args.device)), rows=[], failed={}, profiles={})
+    for arch in args.arch:
+        changes = dict(start_epoch=0, epochs=1, data=args.data)
+        if args.images: changes['train_per_class'] = args.images//(100 if args.data == 'cifar100' else 10)
+        if args.bs: changes['bs'] = args.bs
+        if args.width: changes['width'] = args.width
+        rows, out['failed'][arch], learners = measure(recipe(arch, **changes), args)
+        out['rows'] += rows
+        if 'float32' in learners: out['profiles'][arch] = profile_steps(learners['float32'], args.steps)
+        base = next((r for r in rows if r['variant'] == 'float32'), None)
+        print(f"\n{arch}, {rows[0]['images']:,} images, {out['hardware']['device_name']}, torch {torch.__version__}")
+        print(f"{'variant':18} {'images/s':>9} {'(smallest-largest)':>20} {'ratio':>6} {'GiB':>6} {'train loss':>11} {'valid loss':>11} {'from float32':>13}")
+        for r in rows:
+            v, m = r['images_per_second'], statistics.median
+            ratio = f"{m(r['ratio']):6.2f}" if r['ratio'] else f"{'':6}"
+            memory = f"{r['peak_memory_bytes']/2**30:6.2f}" if r['peak_memory_bytes'] else f"{'':6}"
+            apart = f"{r['train_loss'] - base['train_loss']:+13.2e}" if base else ''
+            print(f"{r['variant']:18} {m(v):9,.0f} {f'({min(v):,.0f}-{max(v):,.0f})':>20} {ratio} {memory} {r['train_loss']:11.4f} {r['valid_loss']:11.4f} {apart}")
+        for name, why in out['failed'][arch].items(): print(f'{name}: not measured, {why}')
+        for o in out['profiles'].get(arch, {}).get('operations', [])[:8]:
+            print(f"  {o['share']:6.1%} {o['milliseconds_per_step']:9.2f} ms a step {o['calls_per_step']:7.1f} calls  {o['name']}")
+        if args.device.startswith('cuda'): print('waits for the device in a step:', out['profiles'].get(arch, {}).get('waits') or 'none')
+        print()
+        if args.out:
+            with open(args.out, 'w') as f: json.dump(out, f, indent=1)
+
+
+if __name__ == '__main__': main()

@@ -1,0 +1,52 @@
+"Packaging for gini_loss. All metadata is read from settings.ini, the one place where it is written."
+from configparser import ConfigParser
+from pathlib import Path
+from shutil import copytree
+
+from setuptools import find_namespace_packages, setup
+from setuptools.command.build_py import build_py
+
+here = Path(__file__).parent
+config = ConfigParser(delimiters=["="])
+config.read(here / "settings.ini", encoding="utf-8")
+cfg = config["DEFAULT"]
+
+licenses = {"apache2": "Apache-2.0"}
+statuses = ["0", "1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable"]
+license_id = licenses[cfg["license"]]
+
+
+class with_records(build_py):
+    "The committed records of training runs come with the package; an editable installation reads them in the checkout"
+    def run(self):
+        super().run()
+        if not self.editable_mode and (here / "results").is_dir():
+            copytree(here / "results", Path(self.build_lib) / cfg["lib_path"] / "records", dirs_exist_ok=True)
+
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    url=cfg["git_url"],
+    project_urls={"Documentation": cfg["doc_host"] + cfg["doc_baseurl"], "Source": cfg["git_url"],
+                  "Issues": cfg["git_url"] + "/issues"},
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    license=license_id,
+    keywords=cfg["keywords"].split(),
+    classifiers=[f"Development Status :: {statuses[int(cfg['status'])]}", "Intended Audience :: " + cfg["audience"],
+                 "Natural Language :: " + cfg["language"], "Programming Language :: Python :: 3",
+                 "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+    python_requires=">=" + cfg["min_python"],
+    install_requires=cfg["requirements"].split(),
+    extras_require={"dev": cfg["dev_requirements"].split()},
+    packages=find_namespace_packages(include=["gini_loss", "gini_loss.studies"]),
+    package_data={"gini_loss": ["py.typed"], "gini_loss.studies": ["*.ini"]},
+    entry_points={"console_scripts": cfg.get("console_scripts", "").split(),
+                  "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
+    cmdclass={"build_py": with_records},
+    zip_safe=False,
+)

@@ -1,0 +1,237 @@
+"""What the loss costs, without a clock: which operations touch the maps, how many bytes and multiplications there are, what is kept for the backward pass,
+and that nothing makes a GPU's host wait. Seconds are for benchmarks/cost.py."""
+import subprocess, sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from gini_loss import losses
+from gini_loss.losses import GiniKLLoss
+from gini_loss.tap import FeatureTap
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+def plain_terms(A, y, n):
+    "Equations 1 to 8 typed in, with a one-hot matrix of all n classes"
+    M, Y = A.abs().mean((2, 3)), F.one_hot(y, n).to(A.dtype)
+    S = M.T @ (Y / Y.sum(0).clamp(min=1))
+    P = S / S.sum(1, keepdim=True)
+    hS, hY = P.sum(0) / P.sum(), Y.sum(0) / len(Y)
+    used = hS > 0
+    return (1 - P.square().sum(1)).mean(), torch.where(used, hS * (torch.where(used, hS, 1) / torch.where(used, hY, 1)).log(), 0).sum()
+
+class Watch(TorchDispatchMode):
+    "Bytes of the arrays that operations make, views not counted, and the names of those operations that read or write at least `big` numbers"
+    def __init__(self, big): super().__init__(); self.big, self.bytes, self.names = big, 0, []
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        tensors = [t for t in args if isinstance(t, torch.Tensor)]
+        made = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor) and not op.is_view
+                and all(t.untyped_storage().data_ptr() != u.untyped_storage().data_ptr() for u in tensors)]
+        self.bytes += sum(t.untyped_storage().nbytes() for t in made)
+        if not op.is_view and any(t.numel() >= self.big for t in (*tensors, *made)): self.names.append(op.__name__.split('.')[0])
+        return out
+
+def watch(terms, A):
+    "Forward, backward"
+    x = A.clone().requires_grad_()
+    with Watch(A.numel()) as forward: loss = sum(terms(x))
+    with Watch(A.numel()) as backward: torch.autograd.grad(loss, x)
+    return forward, backward
+
+def batch(n, m=256, c=64, size=4):
+    torch.manual_seed(0)
+    return torch.randn(m, c, size, size), torch.randint(0, n, (m,))
+
+# ---- Only the pooling touches the maps ----
+
+@pytest.mark.parametrize('rectify, forward, backward', [('abs', ['abs', 'mean'], ['sgn', 'mul_']), ('relu', ['amin', 'relu', 'mean'], ['sgn', 'clamp', 'mul_'])])
+@pytest.mark.parametrize('n', [10, 10**6])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_only_the_pooling_touches_the_maps(rectify, forward, backward, n, layout):
+    A, y = batch(n)
+    seen = watch(lambda x: GiniKLLoss(rectify=rectify).terms(x, y), A.to(memory_format=layout))
+    assert seen[0].names == forward and seen[1].names == backward
+
+def test_the_plain_form_touches_them_more_often():
+    "The test above can fail"
+    A, y = batch(10)
+    assert len(watch(lambda x: plain_terms(x, y, 10), A)[1].names) > 2
+
+def test_nothing_as_large_as_the_maps_is_kept():
+    "Between the passes: the maps themselves, which the network keeps anyway, and 16 bytes for each of their averages"
+    A, y = batch(10**6); A.requires_grad_()
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t): loss = GiniKLLoss()(A, y)
+    loss.backward()
+    others = sum(t.untyped_storage().nbytes() for p, t in kept.items() if p != A.untyped_storage().data_ptr())
+    assert A.untyped_storage().data_ptr() in kept and others < .3 * A.untyped_storage().nbytes()
+
+# ---- Nothing grows with the number of classes ----
+
+@pytest.mark.parametrize('given', [False, True], ids=['n_classes not given', 'n_classes given'])
+def test_bytes_do_not_grow_with_the_number_of_classes(given):
+    def total(n):
+        A, y = batch(n)
+        return sum(w.bytes for w in watch(lambda x: GiniKLLoss(n_classes=n if given else None).terms(x, y), A))
+    few, plain = total(10), sum(w.bytes for w in watch(lambda x: plain_terms(x, batch(100)[1], 100), batch(100)[0]))
+    for n in (100, 1000, 21_841, 10**6): assert total(n) <= min(1.5 * few, plain), n
+
+def test_multiplications_do_not_grow_with_the_number_of_classes():
+    def flops(n):
+        A, y = batch(n); A.requires_grad_()
+        with FlopCounterMode(display=False) as counter: GiniKLLoss(n_classes=n)(A, y).backward()
+        return counter.get_total_flops()
+    assert flops(10**6) == flops(1000) == 0 < flops(10) < flops(100)
+
+@pytest.mark.parametrize('n', [127, 128, 129])
+@pytest.mark.parametrize('ignored', [False, True])
+def test_rows_added_equal_the_product(n, ignored):
+    "Either side of the number of classes where the way of adding up changes: both agree with the plain form"
+    torch.manual_seed(0)
+    A, y = torch.randn(300, 12, 2, 2, dtype=torch.float64), torch.randint(0, n, (300,))
+    y[-1] = n - 1
+    kept = torch.rand(300) < (.7 if ignored else 2); kept[-1] = True
+    x = A.clone().requires_grad_()
+    got, expected = GiniKLLoss().terms(x, torch.where(kept, y, -100)), plain_terms(x[kept], y[kept], n)
+    for g, e in zip(got, expected):
+        torch.testing.assert_close(g, e, rtol=0, atol=1e-13)
+        torch.testing.assert_close(torch.autograd.grad(g, x, retain_graph=True)[0], torch.autograd.grad(e, x, retain_graph=True)[0], rtol=0, atol=1e-14)
+
+# ---- Closed forms ----
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('rectify', ['abs', 'relu'])
+@pytest.mark.parametrize('shape, dims', [((3, 4, 5, 2), [2, 3]), ((3, 5, 2, 4), [1, 2]), ((3, 4), []), ((0, 4, 3), [2]), ((3, 7, 4), [1])])
+def test_mean_of_rectified_maps(dtype, rectify, shape, dims):
+    "Value, gradient and its dtype, with zeros among the activations and a gradient that float16 cannot hold"
+    torch.manual_seed(0)
+    A = torch.randn(shape).to(dtype); A[torch.rand(shape) < .3] = 0
+    wide = torch.promote_types(dtype, torch.float32)
+    x, judge = A.clone().requires_grad_(), A.to(wide).requires_grad_()
+    M = losses._MeanRectified.apply(x, rectify, dims, wide)
+    R = judge.abs() if rectify == 'abs' else judge.relu()
+    expected = R.mean(dims) if dims else R
+    grad = torch.randn(M.shape, dtype=wide) * 1e6
+    torch.testing.assert_close(M, expected)
+    got, g = torch.autograd.grad(M, x, grad)[0], torch.autograd.grad(expected, judge, grad)[0].to(dtype)
+    assert got.dtype == dtype and got.isnan().sum() == 0 and (got[A == 0] == 0).all()
+    torch.testing.assert_close(got, g)
+
+def test_second_derivative_of_a_pipeline():
+    "A gradient penalty behind a network: the closed forms against the plain form, for parameters too"
+    torch.manual_seed(0)
+    net, x, y = torch.nn.Conv2d(2, 5, 3, padding=1).double(), torch.randn(40, 2, 4, 4, dtype=torch.float64), torch.randint(0, 6, (40,))
+    def penalty(terms):
+        A = net(x)
+        g, = torch.autograd.grad(sum(terms(A)), A, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), net.weight)[0]
+    got, expected = penalty(lambda A: GiniKLLoss().terms(A, y)), penalty(lambda A: plain_terms(A, y, 6))
+    assert expected.abs().max() > 1e-6
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=0)
+
+def test_functional_gradient():
+    "torch.func, for those who train with functions"
+    A, y = batch(10, m=40, c=6, size=2)
+    x = A.clone().requires_grad_()
+    expected, = torch.autograd.grad(GiniKLLoss()(x, y), x)
+    torch.testing.assert_close(torch.func.grad(lambda A: GiniKLLoss()(A, y))(A), expected)
+
+# ---- Nothing makes the host wait ----
+
+SETTINGS = [{}, dict(n_classes=10), dict(n_classes=10**6), dict(rectify='relu'), dict(rectify='none', n_classes=200), dict(reverse_kl=True, channel_dim=-1)]
+
+@pytest.mark.parametrize('kwargs', SETTINGS, ids=str)
+@pytest.mark.parametrize('soft', [False, True])
+def test_no_shape_or_branch_depends_on_values(kwargs, soft):
+    "Forward on tensors that claim to be on a GPU and have no values: anything that waits for a value raises"
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+    with FakeTensorMode():
+        try: A = torch.empty(64, 32, 4, 4, device='cuda')
+        except (RuntimeError, AssertionError) as e: pytest.skip(f"this torch cannot pretend to have a GPU: {e}")
+        y = torch.empty(64, kwargs.get('n_classes', 20), device='cuda') if soft else torch.empty(64, dtype=torch.int64, device='cuda')
+        if soft and kwargs.get('n_classes', 0) > 10**4: kwargs = {}; y = y[:, :20]
+        terms = GiniKLLoss(**kwargs).terms_and_live(A, y)
+        assert [t.shape for t in terms] == [(), (), (4 if 'channel_dim' in kwargs else 32,)] and all(t.device.type == 'cuda' for t in terms)
+        with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)): torch.unique(y)
+        with pytest.raises(DataDependentOutputException): bool((A > 0).all())
+
+@pytest.mark.parametrize('kwargs', SETTINGS, ids=str)
+def test_traced_graphs_are_static(kwargs):
+    "Both graphs, forward and backward, as a compiler gets them: static shapes, no value read by the host"
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    torch._dynamo.reset(); graphs = []
+    def keep(graph, _): graphs.append(graph); return make_boxed_func(graph.forward)
+    A, y = batch(10, m=200)
+    x = A.abs().requires_grad_()
+    loss = torch.compile(GiniKLLoss(**kwargs), fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))(x, y)
+    loss.backward()
+    torch.testing.assert_close(x.grad, torch.autograd.grad(GiniKLLoss(**kwargs)(z := A.abs().requires_grad_(), y), z)[0], rtol=1e-4, atol=1e-8)
+    assert len(graphs) == 2
+    for graph in graphs:
+        nodes = [n for n in graph.graph.nodes if n.op == 'call_function']
+        names = {str(n.target) for n in nodes}
+        assert nodes and not any(bad in name for name in names for bad in ('local_scalar', 'aten.item', 'nonzero', 'unique', 'masked_select', 'sym_'))
+        assert all(isinstance(s, int) for n in nodes for t in [n.meta.get('val')] if isinstance(t, torch.Tensor) for s in t.shape)
+
+@cuda
+@pytest.mark.parametrize('kwargs', SETTINGS, ids=str)
+@pytest.mark.parametrize('soft', [False, True])
+def test_no_synchronisation_on_a_gpu(kwargs, soft):
+    A, y = (t.cuda() for t in batch(10))
+    if soft: y = F.one_hot(y, 10).float(); kwargs = {**kwargs, 'n_classes': 10}
+    loss, x = GiniKLLoss(**kwargs), A.abs().requires_grad_()
+    loss(x, y).backward(); torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode('error')
+    try: loss(x, y).backward()
+    finally: torch.cuda.set_sync_debug_mode('default')
+
+@cuda
+@pytest.mark.parametrize('kwargs', SETTINGS, ids=str)
+def test_cuda_graph(kwargs):
+    "Captured once, replayed on other values: what a fresh call gives"
+    A, y = (t.cuda() for t in batch(10)); A = A.abs()
+    x, labels, loss = A.clone().requires_grad_(), y.clone(), GiniKLLoss(**kwargs)
+    stream = torch.cuda.Stream(); stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3): torch.autograd.grad(loss(x, labels), x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): value = loss(x, labels); gradient, = torch.autograd.grad(value, x)
+    with torch.no_grad(): x.copy_(A.flip(0) * 2); labels.copy_(y.roll(3))
+    graph.replay(); torch.cuda.synchronize()
+    z = (A.flip(0) * 2).requires_grad_(); expected = loss(z, y.roll(3))
+    torch.testing.assert_close(value, expected); torch.testing.assert_close(gradient, torch.autograd.grad(expected, z)[0])
+
+@cuda
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('rectify', ['abs', 'relu'])
+def test_a_gpu_gives_what_the_cpu_gives(dtype, rectify):
+    A, y = batch(200); A = A.to(dtype)
+    x, z, loss = A.cuda().requires_grad_(), A.clone().requires_grad_(), GiniKLLoss(rectify=rectify)
+    for got, expected in zip(loss.terms(x, y.cuda()), loss.terms(z, y)):
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.autograd.grad(got, x, retain_graph=True)[0].cpu(), torch.autograd.grad(expected, z, retain_graph=True)[0], rtol=1e-2, atol=1e-7)
+
+# ---- Inference, and importing ----
+
+def test_inference_is_the_same_program():
+    "A network that was trained with a tap exports to the very graph of one that was not"
+    def network(): torch.manual_seed(0); return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4*36, 5))
+    tapped, never = network(), network()
+    x, y = torch.randn(6, 3, 8, 8), torch.randint(0, 5, (6,))
+    with FeatureTap(tapped, '1') as tap:
+        logits = tapped(x); (F.cross_entropy(logits, y) + GiniKLLoss()(tap.pop(), y)).backward()
+    tapped.zero_grad()
+    def program(net): return str(torch.export.export(net.eval(), (x,)).graph_module.code)
+    assert program(tapped) == program(never) and torch.equal(tapped(x), never(x))
+
+def test_importing_needs_torch_alone():
+    code = "import sys, gini_loss; print(sorted(m for m in ('fastai', 'fastcore', 'torchvision', 'pandas', 'matplotlib', 'seaborn', 'scipy', 'statsmodels', 'PIL', 'sklearn', 'timm') if m in sys.modules))"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == '[]'

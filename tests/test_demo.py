@@ -1,0 +1,301 @@
+"The command gini_demo, end to end: results, files, messages, exit codes"
+import signal, subprocess, sys, time
+import numpy as np
+import pytest, torch
+for name in ('fastai', 'sklearn', 'matplotlib', 'pandas'): pytest.importorskip(name, reason=f"the demonstration needs {name}")
+import pandas as pd
+from PIL import Image
+from gini_loss import demo
+from gini_loss.demo import Demo, compare_paired, demo_data, demo_report, main, plot_demo, run_demo
+
+TINY = dict(quick=True, width=2, device='cpu')
+ARGS = '--quick --width 2 --device cpu'.split()
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    "Three classes of 12 colour images, each class with its own bright channel, in sizes other than the network's"
+    root, rng = tmp_path_factory.mktemp('data') / 'pictures', np.random.default_rng(0)
+    for k, name in enumerate(('blue', 'green', 'red')):
+        (root/name).mkdir(parents=True)
+        for i in range(12):
+            pixels = rng.integers(0, 120, (20, 24, 3), dtype=np.uint8)
+            pixels[..., 2 - k] += 120
+            Image.fromarray(pixels).save(root/name/f'{i}.png')
+    return root
+
+@pytest.fixture(scope='module')
+def tiny(): return run_demo(**TINY)
+
+def same(a, b): pd.testing.assert_frame_equal(a.drop(columns='seconds', errors='ignore'), b.drop(columns='seconds', errors='ignore'), check_exact=True)
+
+# --- results
+
+def test_command_writes_report_tables_and_figure(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(ARGS) == 0
+    out, err = capsys.readouterr()
+    assert err == '' and not {'\r', '\033'} & set(out), "no control characters without a terminal"
+    assert out.isascii()
+    assert out.rstrip().endswith('gini_demo_out')
+    folder = tmp_path/'gini_demo_out'
+    assert sorted(o.name for o in folder.iterdir()) == ['figure.png', 'history.csv', 'report.txt', 'summary.csv']
+    summary, history = pd.read_csv(folder/'summary.csv'), pd.read_csv(folder/'history.csv')
+    assert list(summary.loss) == ['ce', 'both']
+    assert len(history) == 4 and history.notna().all().all()
+    assert {'train_gini', 'train_kl', 'test_accuracy'} <= set(history)
+    with Image.open(folder/'figure.png') as image:
+        assert min(image.size) > 600
+        image.load()
+    report = (folder/'report.txt').read_text()
+    assert report.startswith('gini_demo --quick') and 'lambda_gini = 0.5' in report
+    for row in summary.itertuples(): assert f"{100*row.accuracy:.1f} %" in out and f"{row.gini:.3f}" in out
+
+def test_an_earlier_run_is_kept(tmp_path, monkeypatch, capsys):
+    (tmp_path/'runs').mkdir()
+    (tmp_path/'runs'/'mine.txt').write_text('keep')
+    (tmp_path/'runs-2').write_text('a file')
+    assert main([*ARGS, '--out', str(tmp_path/'runs')]) == 0
+    assert (tmp_path/'runs'/'mine.txt').read_text() == 'keep' and len(list((tmp_path/'runs').iterdir())) == 1
+    assert (tmp_path/'runs-2').read_text() == 'a file'
+    assert (tmp_path/'runs-3'/'summary.csv').exists()
+    assert 'runs-3' in capsys.readouterr().out
+
+def test_folder_of_class_folders(pictures, tmp_path, capsys):
+    assert main([*ARGS, '--data', str(pictures), '--size', '16', '--classes', 'red,blue', '--out', str(tmp_path/'out')]) == 0
+    assert '2 of 3 classes' in capsys.readouterr().out
+    data = demo_data(str(pictures), classes=['red', 'blue'], size=16, per_class=4)
+    assert data.classes == ['red', 'blue'] and data.train[0].shape == (8, 3, 16, 16)
+    for images, labels in (data.train, data.test):
+        red, blue = images[labels == 0].float().mean((0, 2, 3)), images[labels == 1].float().mean((0, 2, 3))
+        assert red.argmax() == 0 and blue.argmax() == 2
+
+def test_same_seed_same_numbers(tiny):
+    again = run_demo(**TINY)
+    same(tiny.summary, again.summary); same(tiny.history, again.history)
+    assert demo_report(tiny).split('\n')[-1] == demo_report(again).split('\n')[-1]
+
+def test_another_seed_other_numbers(tiny):
+    other = run_demo(**TINY, seed=1)
+    assert not tiny.history.train_loss.equals(other.history.train_loss)
+
+def test_numbers_do_not_depend_on_the_global_generators(tiny):
+    torch.manual_seed(99); np.random.seed(99)
+    state = torch.get_rng_state()
+    demo_ = Demo(**TINY)
+    model = demo_.model(0)
+    assert torch.equal(state, torch.get_rng_state()), "building the network must leave the caller's generator alone"
+    same(tiny.summary, demo_.run().summary)
+
+def test_both_trainings_start_alike_and_part_at_start_epoch(tiny):
+    ce, both = (tiny.history[tiny.history.loss == k].drop(columns='loss').reset_index(drop=True) for k in ('ce', 'both'))
+    pd.testing.assert_frame_equal(ce[:1], both[:1], check_exact=True)
+    assert ce.train_loss[1] < both.train_loss[1], "the second loss includes the terms"
+    a, b = Demo(**TINY), Demo(**TINY)
+    for (k, v), w in zip(a.model(3).state_dict().items(), b.model(3).state_dict().values()): assert torch.equal(v, w), k
+    for (x, y), (u, v) in zip(a.loaders(3).train, b.loaders(3).train): assert torch.equal(x, u) and torch.equal(y, v)
+
+def test_weights_zero_make_both_identical():
+    r = run_demo(**TINY, lambda_gini=0, lambda_kl=0)
+    for frame in (r.summary, r.history):
+        a, b = (frame[frame.loss == k].drop(columns=['loss', 'seconds'], errors='ignore').reset_index(drop=True) for k in ('ce', 'both'))
+        pd.testing.assert_frame_equal(a, b, check_exact=True)
+    assert r.comparisons[0].difference == 0 and r.comparisons[0].p_value == 1
+    assert 'indistinguishable' in demo_report(r)
+
+def test_only_one_term_is_named():
+    r = run_demo(**TINY, lambda_kl=0)
+    assert list(r.layers) == ['ce', 'gini'] and 'cross-entropy + Gini ' in demo_report(r)
+
+def test_several_seeds():
+    r = run_demo(**TINY, seeds=2)
+    assert list(r.summary.seed) == [0, 0, 1, 1] and len(r.comparisons) == 2
+    report = demo_report(r)
+    assert '2 pairs' in report and '+/-' in report and 't interval' in report
+
+def test_summary_agrees_with_the_layers(tiny):
+    for row in tiny.summary.itertuples():
+        d = tiny.layers[row.loss]
+        assert (row.gini, row.kl, row.dead_channels, row.channels) == (d.gini, d.kl, int(d.dead.sum()), 16)
+        assert 1 <= row.classes_per_channel <= 10
+    c = tiny.comparisons[0]
+    assert c.difference == pytest.approx(100*(tiny.summary.accuracy[1] - tiny.summary.accuracy[0]), abs=1e-4)
+
+def test_figure_copes_with_dead_channels(tiny, tmp_path):
+    layers = {}
+    for key, d in tiny.layers.items():
+        probs, dead = d.probs.clone(), d.dead.clone()
+        probs[:3], dead[:3] = 0, True
+        layers[key] = d._replace(probs=probs, dead=dead)
+    fig = plot_demo(tiny._replace(layers=layers))
+    fig.savefig(tmp_path/'f.png')
+    for ax, d in zip((fig.axes[0], fig.axes[2]), layers.values()): assert f', {d.dead.sum()} dead' in ax.get_title(loc='left')
+
+def test_reverse_kl_is_the_other_divergence(tiny):
+    r = run_demo(**TINY, reverse_kl=True)
+    assert r.history.train_kl[0] != tiny.history.train_kl[0] and r.history.train_loss[0] == tiny.history.train_loss[0]
+
+# --- data
+
+def test_digits_are_split_alike_in_each_class():
+    d = demo_data()
+    assert len(d.train[1]) + len(d.test[1]) == 1797
+    share = d.test[1].bincount() / (d.train[1].bincount() + d.test[1].bincount())
+    assert (share - .2).abs().max() < .01
+    assert d.train[0].dtype == torch.uint8 and d.train[0].max() == 255
+    assert [o.item() for o in demo_data(classes=['7', '3']).train[1].unique()] == [0, 1]
+
+def test_copies_do_not_reach_the_test_set(tmp_path):
+    rng = np.random.default_rng(0)
+    for k, name in enumerate('ab'):
+        (tmp_path/name).mkdir()
+        for i in range(10): Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(tmp_path/name/f'{i}.png')
+    for i in range(10): (tmp_path/'a'/f'{i}_copy.png').write_bytes((tmp_path/'a'/f'{i}.png').read_bytes())
+    d = demo_data(tmp_path, size=8)
+    kept = {o.numpy().tobytes() for o in d.train[0]}
+    assert not any(o.numpy().tobytes() in kept for o in d.test[0])
+    assert 'left out as copies' in d.name
+
+def test_cifar100():
+    from fastai.data.external import URLs, fastai_path
+    if not (fastai_path('data')/'cifar100').is_dir(): pytest.skip("CIFAR-100 is not unpacked in fastai's data folder")
+    d = demo_data('cifar100', classes=['wolf', 'apple'], per_class=30)
+    assert d.classes == ['wolf', 'apple'] and d.train[0].shape == (60, 3, 32, 32) and 190 <= len(d.test[1]) <= 200
+    with pytest.raises(ValueError, match="did you mean 'wolf'"): demo_data('cifar100', classes=['wolv', 'apple'])
+
+# --- statistics
+
+def test_compare_paired_against_the_binomial_by_hand():
+    first, second = torch.zeros(100, dtype=torch.bool), torch.zeros(100, dtype=torch.bool)
+    second[:8], first[8:10], first[50:], second[50:] = True, True, True, True
+    c = compare_paired(first, second)
+    assert (c.gained, c.lost, c.difference) == (8, 2, 6)
+    assert c.p_value == pytest.approx(2*(1 + 10 + 45) / 2**10)
+    assert c.low < 6 < c.high
+    back = compare_paired(second, first)
+    assert (back.difference, back.low, back.high) == (-6, pytest.approx(-c.high), pytest.approx(-c.low))
+
+def test_interval_holds_the_truth_about_as_often_as_it_says():
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(400):
+        u = rng.random(300)
+        first, second = torch.from_numpy((u < .9) | (u > .97)), torch.from_numpy(u < .95)   # truth: 95 - 93 = 2 points
+        c = compare_paired(first, second)
+        hits += c.low <= 2 <= c.high
+    assert .92 <= hits / 400 <= .985
+
+# --- what is wrong is said before any training
+
+@pytest.mark.parametrize('args, words', [
+    ('--data no_such', 'use digits, cifar100, or the path'),
+    ('--classes 3,seven', "no class 'seven'"),
+    ('--classes 11', 'from 2 to 10'),
+    ('--classes 1', 'from 2 to 10'),
+    ('--classes 3,3', 'two different names'),
+    ('--per-class 0', 'per_class must be an integer of at least 1'),
+    ('--size 16', 'size is for the images of a folder'),
+    ('--epochs 0', 'epochs must be'),
+    ('--epochs 1.5', 'invalid int value'),
+    ('--start-epoch 12', 'would never take part'),
+    ('--start-epoch -1', 'start_epoch must be'),
+    ('--batch-size 1', 'batch_size must be'),
+    ('--batch-size 5000', 'only 1437 images'),
+    ('--lr 0', 'lr must be above 0'),
+    ('--lr nan', 'lr must be above 0'),
+    ('--lambda-gini -1', 'lambda_gini must be finite and not negative'),
+    ('--lambda-kl inf', 'lambda_kl must be finite and not negative'),
+    ('--seed -1', 'seed must be'),
+    ('--seeds 0', 'seeds must be'),
+    ('--width 0', 'width must be'),
+    ('--threads 0', 'threads must be'),
+    ('--layer layer5', "did you mean 'layer4'"),
+    ('--layer layer1.0.relu', 'ran 2 times'),
+    ('--device nonsense', 'cannot be used'),
+    ('--unknown', 'unrecognized arguments'),
+])
+def test_bad_argument(args, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Demo, 'run', lambda *a: pytest.fail("trained in spite of a bad argument"))
+    with pytest.raises(SystemExit) as e: main(args.split())
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and out == ''
+    assert words in err and err.count('\n') == 1 and 'Traceback' not in err
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+@pytest.mark.parametrize('make, words', [
+    (lambda p: None, '0 class folders'),
+    (lambda p: [(p/k).mkdir() for k in 'ab'], 'No images in'),
+    (lambda p: [(p/k).mkdir() for k in ('train', 'test')], "instead"),
+    (lambda p: [((p/k).mkdir(), [Image.new('RGB', (8, 8), (i, ord(k), 0)).save(p/k/f'{i}.png') for i in range(4)]) for k in 'ab'], 'at least 5 are needed'),
+    (lambda p: [((p/k).mkdir(), [(p/k/f'{i}.png').write_text('no image') for i in range(5)]) for k in 'ab'], 'cannot be used'),
+    (lambda p: [((p/k).mkdir(), [Image.new('RGB', (8, 8)).save(p/k/f'{i}.png') for i in range(5)]) for k in 'ab'], 'copies only'),
+])
+def test_bad_folder(make, words, tmp_path, capsys):
+    (tmp_path/'data').mkdir()
+    make(tmp_path/'data')
+    with pytest.raises(SystemExit) as e: main(['--data', str(tmp_path/'data'), '--out', str(tmp_path/'out')])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and words in err and err.count('\n') == 1
+    assert not (tmp_path/'out').exists()
+
+def test_unwritable_output_is_found_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Demo, 'run', lambda *a: pytest.fail("trained although nothing can be saved"))
+    (tmp_path/'file').write_text('')
+    for path in (tmp_path/'file', tmp_path/'file'/'below'):
+        with pytest.raises(SystemExit) as e: main([*ARGS, '--out', str(path)])
+        assert e.value.code == 2 and capsys.readouterr().err.count('\n') == 1
+    def refuse(*a, **k): raise PermissionError(13, 'Permission denied')
+    monkeypatch.setattr(demo.tempfile, 'TemporaryFile', refuse)
+    with pytest.raises(SystemExit) as e: main([*ARGS, '--out', str(tmp_path/'closed')])
+    assert e.value.code == 2 and 'cannot write into the folder' in capsys.readouterr().err
+
+# --- when it ends early
+
+@pytest.mark.parametrize('error, code, words', [(KeyboardInterrupt(), 130, 'interrupted'), (ValueError("L_Gini became NaN"), 1, 'became NaN')])
+def test_ends_cleanly(error, code, words, tmp_path, monkeypatch, capsys):
+    def fail(*a): raise error
+    monkeypatch.setattr(demo, 'inspect_layer', fail)
+    assert main([*ARGS, '--out', str(tmp_path/'out')]) == code
+    err = capsys.readouterr().err
+    assert words in err and err.count('\n') == 1
+    assert not (tmp_path/'out').exists()
+
+@pytest.mark.skipif(sys.platform == 'win32', reason="sends SIGINT")
+def test_ctrl_c_in_training(tmp_path):
+    # a shell starts its background jobs with SIGINT ignored, and a child inherits that: a person's terminal does not
+    start = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from gini_loss.demo import main; sys.exit(main())"
+    p = subprocess.Popen([sys.executable, '-c', start, '--epochs', '1000', '--width', '2', '--device', 'cpu'], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        for line in p.stdout:
+            if line.startswith('ResNet-18'): break
+        time.sleep(1)
+        p.send_signal(signal.SIGINT)
+        out, err = p.communicate(timeout=300)
+    finally: p.kill()
+    assert p.returncode == 130 and 'interrupted' in err and 'Traceback' not in err
+    assert not list(tmp_path.iterdir())
+
+def test_progress_bar_on_a_terminal_only(monkeypatch):
+    import io
+    class Terminal(io.StringIO):
+        def isatty(self): return True
+    plain, terminal = io.StringIO(), Terminal()
+    for stream in (plain, terminal):
+        bar = demo._Bar(stream)
+        bar.last = -1.
+        bar(1, 4, 'cross-entropy', 0); bar(4, 4, 'cross-entropy', 0); bar.clear()
+    assert plain.getvalue() == ''
+    assert ' 25%' in terminal.getvalue() and '100%' in terminal.getvalue() and 'left' in terminal.getvalue()
+
+def test_help_names_every_default(capsys):
+    with pytest.raises(SystemExit) as e: main(['--help'])
+    text = ' '.join(capsys.readouterr().out.split())
+    assert e.value.code == 0
+    for settings in demo.DEFAULTS.values():
+        for v in settings.values(): assert f'{v:g} for' in text

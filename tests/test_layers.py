@@ -1,0 +1,173 @@
+"With no argument the callback finds the last stage and the channels of our four networks and of the usual ones of torchvision and timm"
+import warnings
+import pytest, torch, torchvision
+pytest.importorskip('fastai', reason="the callback needs fastai")
+from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import SGD
+from gini_loss.callback import GiniLossCallback
+from gini_loss.data import device_dls
+from gini_loss.losses import GiniKLLoss
+from gini_loss.models import cvt7, resnet17, resnet18, resnet50
+from gini_loss.tap import find_channel_dim, find_layer, last_stage
+
+N = 5 # classes
+
+@pytest.fixture(autouse=True)
+def quiet():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', category=UserWarning, module='fastai')
+        yield
+    torch.set_num_threads(before)
+
+def learner(model, size, *cbs, lr=1e-3, m=8, batches=1):
+    g = torch.Generator().manual_seed(0)
+    data = list(zip(torch.randn(m * batches, 3, size, size, generator=g), torch.arange(m * batches) % N))
+    dls = DataLoaders(DataLoader(data, bs=m), DataLoader(data[:4], bs=4))
+    dls.c = N
+    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=lr, cbs=cbs)
+    learn.remove_cb(ProgressCallback)
+    return learn
+
+def run(learn, epochs):
+    "Fit without printing; the recorded values by name, an epoch a row"
+    with learn.no_logging(): learn.fit(epochs)
+    names = list(learn.recorder.metric_names)[1:-1]
+    return [dict(zip(names, row)) for row in learn.recorder.values]
+
+def check(model, size, layer, channels, dim):
+    "The layer and the dimension that are found; then one step, whose terms must be those of that layer worked out apart from the callback"
+    assert last_stage(model) == layer
+    caught = []
+    handle = find_layer(model)[1].register_forward_hook(lambda _, __, out: caught.append(out))
+    with torch.no_grad(): model(torch.randn(2, 3, size, size))
+    handle.remove()
+    A, = caught
+    assert isinstance(A, torch.Tensor) and A.shape[dim] == channels, tuple(A.shape)
+    assert find_channel_dim(model, A) % A.ndim == dim
+
+    found, cb = {}, GiniLossCallback(start_epoch=0)
+    class Spy(Callback):
+        "Looks on before (after_loss, order 4) and after (before_backward) the callback under test"
+        order, run_valid = 4, False
+        def before_batch(self): self.handle = model.get_submodule(layer).register_forward_hook(lambda _, __, out: found.update(A=out.detach().clone()))
+        def after_pred(self): self.handle.remove()
+        def after_loss(self): self.plain, found['y'] = self.learn.loss_grad, self.y.clone()
+        def before_backward(self):
+            added = self.learn.loss_grad - self.plain
+            first = next(p for p in model.parameters() if p.ndim > 1)
+            found.update(added=added.item(), grad=torch.autograd.grad(added, first, retain_graph=True)[0])
+    row, = run(learner(model, size, cb, Spy()), 1)
+    gini, kl = GiniKLLoss(channel_dim=dim).terms(found['A'], found['y'])
+    assert cb.layer_names == [layer]
+    assert row['train_gini'] == pytest.approx(gini.item(), rel=1e-4) and 0 < row['train_gini'] <= 1 - 1 / N + 1e-6
+    assert row['train_kl'] == pytest.approx(kl.item(), rel=1e-3, abs=1e-6)
+    assert found['added'] == pytest.approx(0.5 * gini.item() + 0.5 * kl.item(), rel=1e-3)
+    assert torch.isfinite(found['grad']).all() and found['grad'].abs().sum() > 0
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+# ---- ours
+
+OURS = {'resnet17': (resnet17, 8, 'layer4', N), 'resnet18': (resnet18, 8, 'layer4', 64), 'resnet50': (resnet50, 8, 'layer4', 256), 'cvt7': (cvt7, 6, 'embed3', 48)}
+
+@pytest.mark.parametrize('name', OURS)
+def test_ours(name):
+    build, width, layer, channels = OURS[name]
+    check(build(N, width=width), 32, layer, channels, 1)
+
+@pytest.mark.parametrize('build, layer, channels', [(resnet17, 'layer4', 100), (resnet18, 'layer4', 512), (resnet50, 'layer4', 2048), (cvt7, 'embed3', 258)])
+def test_ours_in_full_width(build, layer, channels):
+    model, caught = build(100).eval(), []
+    name, module = find_layer(model)
+    module.register_forward_hook(lambda _, __, out: caught.append(out))
+    with torch.no_grad(): model(torch.randn(2, 3, 32, 32))
+    assert name == layer == model.tap and caught[0].shape[1] == channels
+    assert find_channel_dim(model, caught[0]) % 4 == 1
+
+@pytest.mark.parametrize('name', OURS)
+def test_ours_with_no_argument_at_all(name):
+    "`cbs=GiniLossCallback()`: the terms are shown from the first epoch and trained on from the eleventh"
+    build, width, layer, _ = OURS[name]
+    torch.manual_seed(0)
+    model = build(N, width=width)
+    start = {n: p.clone() for n, p in model.state_dict().items()}
+    rows, weights = {}, {}
+    for with_terms in (False, True):
+        for epochs in (10, 11):
+            model.load_state_dict(start)
+            cbs = (GiniLossCallback(),) if with_terms else ()
+            with warnings.catch_warnings():
+                warnings.filterwarnings('ignore', message='GiniLossCallback starts in epoch')
+                rows[with_terms, epochs] = run(learner(model, 32, *cbs), epochs)
+            weights[with_terms, epochs] = torch.cat([p.detach().flatten() for p in model.parameters()])
+            if with_terms: assert cbs[0].layer_names == [layer]
+    assert len(rows[True, 11]) == 11 and all({'train_gini', 'train_kl'} <= set(row) for row in rows[True, 11])
+    assert torch.equal(weights[True, 10], weights[False, 10])
+    assert not torch.equal(weights[True, 11], weights[False, 11])
+
+@pytest.mark.parametrize('build', [resnet17, resnet18, resnet50, cvt7])
+def test_the_one_line_with_the_project_s_own_loaders(build):
+    "Loaders, a network of full width, and nothing else; images are random"
+    labels = torch.arange(8) * 7
+    dls = device_dls((torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), labels), (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), labels[:4]),
+                     classes=[f'class {i}' for i in range(100)], bs=8, device='cpu')
+    learn = Learner(dls, build(100), cbs=GiniLossCallback())
+    learn.remove_cb(ProgressCallback)
+    with pytest.warns(UserWarning, match='starts in epoch 10'): row, = run(learn, 1)
+    assert learn.gini_loss.layer_names == [learn.model.tap]
+    assert 0 < row['train_gini'] < 1 and 0 <= row['train_kl'] and row['train_loss'] > 0
+
+# ---- torchvision
+
+def tiny_vit(): return torchvision.models.VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=24, mlp_dim=48, num_classes=N)
+
+def tiny_swin():
+    return torchvision.models.SwinTransformer(patch_size=[4, 4], embed_dim=12, depths=[1, 1, 2, 1], num_heads=[1, 2, 3, 4], window_size=[7, 7], num_classes=N)
+
+TORCHVISION = { # size of the image, name of the layer, its channels, their dimension
+    'resnet18': (64, 'layer4', 512, 1), 'resnet50': (32, 'layer4', 2048, 1), 'convnext_tiny': (64, 'features', 768, 1),
+    'efficientnet_b0': (64, 'features', 1280, 1), 'mobilenet_v2': (64, 'features', 1280, 1), 'mobilenet_v3_small': (64, 'features', 576, 1),
+    'swin_t': (64, 'features', 768, 3), 'swin_v2_t': (64, 'features', 768, 3),
+    'regnet_y_400mf': (64, 'trunk_output', 440, 1), 'shufflenet_v2_x0_5': (64, 'conv5', 1024, 1), 'squeezenet1_1': (64, 'features', 512, 1),
+    'mnasnet0_5': (64, 'layers', 1280, 1)}
+
+CONFUSED = {}
+
+@pytest.mark.parametrize('name', [pytest.param(n, marks=[pytest.mark.xfail(strict=True, reason=CONFUSED[n])] if n in CONFUSED else []) for n in TORCHVISION])
+def test_torchvision(name):
+    check(torchvision.models.get_model(name, weights=None, num_classes=N), *TORCHVISION[name])
+
+@pytest.mark.parametrize('build, layer, channels, dim', [(tiny_vit, 'encoder', 24, 2), (tiny_swin, 'features', 96, 3)])
+def test_torchvision_transformers_of_other_sizes(build, layer, channels, dim):
+    check(build(), 32, layer, channels, dim)
+
+def test_torchvision_vit_b_16():
+    check(torchvision.models.vit_b_16(image_size=32, num_classes=N), 32, 'encoder', 768, 2)
+
+def test_torchvision_densenet_is_refused_and_its_last_block_works():
+    "Its forward overwrites the output of `features` by an in-place ReLU: an error that says so, not a loss on other numbers"
+    model = torchvision.models.densenet121(num_classes=N)
+    with pytest.raises(RuntimeError, match="'features' was changed in place"): run(learner(model, 64, GiniLossCallback(start_epoch=0)), 1)
+    cb = GiniLossCallback('features.denseblock4', start_epoch=0)
+    row, = run(learner(model, 64, cb), 1)
+    assert cb.layer_names == ['features.denseblock4'] and 0 < row['train_gini'] < 1
+
+# ---- timm
+
+TIMM = {
+    'resnet18': (64, 'layer4', 512, 1), 'convnext_atto': (64, 'stages.3', 320, 1), 'efficientnet_b0': (64, 'blocks.6', 320, 1),
+    'mobilenetv3_small_100': (64, 'blocks.5', 576, 1), 'vit_tiny_patch16_224': (32, 'blocks.11', 192, 2), 'swin_tiny_patch4_window7_224': (32, 'layers.3', 768, 3)}
+
+@pytest.mark.parametrize('name', TIMM)
+def test_timm(name):
+    timm = pytest.importorskip('timm', reason="timm is not installed")
+    size, *rest = TIMM[name]
+    kwargs = dict(img_size=size) if name.startswith(('vit', 'swin')) else {}
+    check(timm.create_model(name, pretrained=False, num_classes=N, **kwargs), size, *rest)

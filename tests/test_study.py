@@ -1,0 +1,92 @@
+"Studies: files, order, budget, workers, what is done and what is left. Synthetic images, one thread."
+import os, subprocess, sys, time, warnings
+import pytest
+import torch
+warnings.filterwarnings('ignore', category=FutureWarning)
+from gini_loss import study as module
+from gini_loss.study import Study, list_studies, load_study, main, run_study, study_state
+from gini_loss.train import CheckpointError, RunLock, recipe
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+def tiny(*seeds): return Study('tiny', 'tiny', [recipe('test', loss=l, seed=s, epochs=2, train_per_class=4) for s in seeds or (0,) for l in ('ce', 'both')])
+
+def folders(tmp_path): return dict(results=str(tmp_path/'results'), checkpoints=str(tmp_path/'checkpoints'))
+
+def test_shipped_studies():
+    assert {'table1', 'table2', 'kl-direction', 'lambda', 'start-epoch', 'layer', 'laptop'} <= set(list_studies())
+    sizes = {name: len(load_study(name).configs) for name in list_studies()}
+    assert sizes['table1'] == 40 and sizes['table2'] == 20 and sizes['kl-direction'] == 15 and sizes['laptop'] == 12
+    for name in list_studies():
+        study = load_study(name)
+        assert study.title and len({c.run_id for c in study.configs}) == len(study.configs)
+    assert {c.data for name in list_studies() if name != 'test' for c in load_study(name).configs} == {'cifar100'}
+
+@pytest.mark.parametrize('text,message', [('[runs]\nlos = ce', 'los is not a field'), ('[runs]\nloss = all', 'ce, gini, kl, both'), ('[runs]\nseed = x', "seed='x'"),
+                                          ('[study]\ntitle = a', 'lists no runs'), ('seed = 0', 'no section'), ('[runs]\npreset = desk', 'desk')])
+def test_bad_files(tmp_path, text, message):
+    path = tmp_path/'bad.ini'
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message): load_study(path)
+
+def test_values(tmp_path):
+    path = tmp_path/'a.ini'
+    path.write_text('[runs]\nloss = both # a remark\nseed = 0-1 7\nreverse_kl = no yes\nlayer = none layer3\nmilestones = 3, 5\n')
+    configs = load_study(path).configs
+    assert [c.seed for c in configs] == [0]*4 + [1]*4 + [7]*4
+    assert {(c.reverse_kl, c.layer) for c in configs} == {(a, b) for a in (False, True) for b in (None, 'layer3')}
+    assert all(c.milestones == (3, 5) for c in configs)
+    assert {c.precision for c in load_study(path, precision='bfloat16').configs} == {'bfloat16'}
+
+def test_nothing_twice_in_any_folder(tmp_path, monkeypatch):
+    study = tiny()
+    assert run_study(study, **folders(tmp_path), verbose=False)['done'] == 2
+    assert len(list((tmp_path/'results'/'tiny').glob('*.json'))) == 2
+    (tmp_path/'results'/'tiny').rename(tmp_path/'results'/'elsewhere')
+    monkeypatch.setattr('gini_loss.train._train', lambda *a: pytest.fail("trained again"))
+    assert run_study(study, **folders(tmp_path), verbose=False) == dict(done=2, failed=0, locked=0, no_time=0)
+
+def test_locked_and_failing_runs_do_not_stop_the_others(tmp_path, capsys):
+    study = tiny(0, 1)
+    first, second = study.configs[:2]
+    (tmp_path/'checkpoints').mkdir()
+    (tmp_path/'checkpoints'/f'{second.run_id}.pt').write_bytes(b'junk')
+    with RunLock(tmp_path/'checkpoints'/f'{first.run_id}.lock'):
+        assert [s.state for s in study_state(study, **folders(tmp_path))] == ['running', 'stopped', 'missing', 'missing']
+        assert run_study(study, **folders(tmp_path), verbose=False) == dict(done=2, failed=1, locked=1, no_time=0)
+    assert second.run_id in capsys.readouterr().err
+
+def test_budget_starts_nothing_that_does_not_fit(tmp_path, monkeypatch):
+    study = tiny(0, 1)
+    run_study(Study('tiny', '', study.configs[:1]), **folders(tmp_path), verbose=False)
+    monkeypatch.setattr(module, '_seconds_per_epoch', lambda results: {module._cost_key(c): 1000. for c in study.configs})
+    assert run_study(study, **folders(tmp_path), budget=500, verbose=False)['no_time'] >= 3
+    assert not list((tmp_path/'checkpoints').glob('*'))
+
+def test_budget_stops_at_a_checkpoint(tmp_path):
+    long = Study('long', '', [recipe('test', epochs=10_000, train_per_class=4)])
+    assert run_study(long, **folders(tmp_path), budget=5, verbose=False)['no_time'] == 1
+    state, = study_state(long, **folders(tmp_path))
+    assert state.state == 'stopped' and 0 < state.epochs < 10_000 and state.estimate > 0
+
+def test_absent_data_is_an_error(tmp_path, capsys):
+    assert main(['laptop', '--data-root', str(tmp_path/'no'), '--results', str(tmp_path/'r'), '--checkpoints', str(tmp_path/'c')]) == 1
+    assert 'No folder' in capsys.readouterr().err
+
+def test_command(tmp_path, capsys):
+    assert main([]) == 0 and 'table1' in capsys.readouterr().out
+    assert main(['nothing']) == 1 and 'laptop' in capsys.readouterr().err
+    assert main(['laptop', '--set', 'speed=9']) == 1 and 'FIELD=VALUE' in capsys.readouterr().err
+    assert main(['table2', '--list', '--results', str(tmp_path)]) == 0 and '20 missing' in capsys.readouterr().out
+
+def test_workers_share_the_runs(tmp_path):
+    (tmp_path/'small.ini').write_text('[runs]\npreset = test\nloss = ce both\nseed = 0-1\nepochs = 2\ntrain_per_class = 4\n')
+    done = subprocess.run([sys.executable, '-m', 'gini_loss.study', str(tmp_path/'small.ini'), '--workers', '2', '--results', str(tmp_path/'r'), '--checkpoints', str(tmp_path/'c'), '--device', 'cpu'],
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path/'r'/'small').glob('*.json'))) == 4 and not list((tmp_path/'c').glob('*'))

@@ -1,0 +1,366 @@
+"The training engine: same seed same run, interruptions, damaged files, several processes, switches. Synthetic images, one thread."
+import json, os, signal, subprocess, sys, time, warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+warnings.filterwarnings('ignore', category=FutureWarning)
+from gini_loss import train as engine
+from gini_loss.train import (CheckpointError, Config, RECIPES, RunLock, RunLocked, build_dls, build_learner, is_locked, load_checkpoint, main,
+                             read_checkpoint_header, recipe, save_checkpoint, train)
+
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
+ALONE = {k: v for k, v in ENV.items() if k not in ('WORLD_SIZE', 'RANK')} # no part of a group that these tests may run in
+VOLATILE = ('finished', 'seconds', 'source')
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+def small(**changes): return recipe('test', **{**dict(train_per_class=10, epochs=3), **changes})
+
+def run(config, where, **options): return train(config, where/'results', where/'checkpoints', verbose=False, device='cpu', **options)
+
+def comparable(record): return {k: ({n: c for n, c in v.items() if n != 'seconds'} if k == 'epochs' else v) for k, v in record.items() if k not in VOLATILE}
+
+def arrays(folder, config):
+    with np.load(next((folder/'results').rglob(f'{config.run_id}.npz'))) as f: return {k: f[k] for k in f.files}
+
+def assert_same(config, a, b):
+    ra, rb = (json.loads(next((o/'results').rglob(f'{config.run_id}.json')).read_text()) for o in (a, b))
+    assert comparable(ra) == comparable(rb)
+    x, y = arrays(a, config), arrays(b, config)
+    assert x.keys() == y.keys() and all(np.array_equal(x[k], y[k]) for k in x)
+
+# --- configurations
+
+def test_paper_recipes():
+    "The paper's numbers, Section 4.2"
+    for arch in ('resnet17', 'resnet18'):
+        c = recipe(arch)
+        assert (c.epochs, c.bs, c.optimizer, c.lr, c.schedule, c.factor, c.patience, c.threshold) == (200, 500, 'adam', 1e-3, 'plateau', .5, 10, 1e-2)
+    c = recipe('resnet50')
+    assert (c.epochs, c.bs, c.optimizer, c.lr, c.momentum, c.weight_decay, c.factor, c.milestones) == (250, 200, 'sgd', .1, .9, 5e-4, .2, (60, 120, 160, 200))
+    c = recipe('cvt7')
+    assert (c.epochs, c.bs, c.optimizer, c.lr) == (200, 200, 'adamax', 2e-3)
+    for arch in ('resnet17', 'resnet18', 'resnet50', 'cvt7'):
+        c = recipe(arch)
+        assert (c.lambda_gini, c.lambda_kl, c.start_epoch, c.reverse_kl) == (.5, .5, 10, False)
+    assert all(source for r in RECIPES.values() for _, source in r.values())
+
+def test_hashes_do_not_drift():
+    "Committed records are found by these names: a change of a default or of the hash would lose them"
+    assert recipe('laptop', loss='ce').run_id == 'resnet18-ce-s0-62297e14'
+    assert recipe('laptop', loss='both', seed=2).run_id == 'resnet18-both-s2-6bf31709'
+
+def test_each_field_counts():
+    base = Config(arch='resnet50', loss='both')
+    other = dict(arch='resnet18', loss='gini', seed=1, epochs=2, bs=3, optimizer='sgd', lr=.5, momentum=.5, weight_decay=.5, schedule='none', factor=.1, patience=1, threshold=.5,
+                 monitor='epoch', milestones=(1,), lambda_gini=.1, lambda_kl=.1, start_epoch=0, reverse_kl=True, rectify='relu', layer='layer3', width=3, dropout=.4,
+                 data='synthetic', train_per_class=3, valid_per_class=3, split_seed=3, normalize=True, padding=0, flip=0., rotation=9., precision='bfloat16',
+                 channels_last=True, compile=True)
+    assert set(other) == set(asdict(base))
+    for k, v in other.items():
+        changed = replace(base, **{k: v})
+        assert changed.run_hash != base.run_hash, k
+        assert (changed.config_hash == base.config_hash) == (k == 'seed'), k
+
+@pytest.mark.parametrize('bad', [dict(loss='all'), dict(arch='vgg'), dict(epochs=0), dict(lr=-1.), dict(dropout=.4), dict(precision='float16'), dict(loss='both', lambda_gini=0)])
+def test_impossible_values(bad):
+    with pytest.raises(ValueError): Config(**bad)
+
+@pytest.mark.parametrize('bad', [dict(epochs='3'), dict(lr='fast'), dict(seed=1.5), dict(reverse_kl=1), dict(epochs=True)])
+def test_wrong_types(bad):
+    with pytest.raises(TypeError): Config(**bad)
+
+# --- the seed
+
+def test_same_seed_same_run(tmp_path):
+    c = small()
+    run(c, tmp_path/'a'); run(c, tmp_path/'b')
+    assert_same(c, tmp_path/'a', tmp_path/'b')
+
+def test_seed_fixes_weights_and_order_for_every_loss():
+    learners = [build_learner(c, build_dls(c, device='cpu')) for c in (small(loss=l) for l in ('ce', 'gini', 'kl', 'both'))]
+    first = learners[0]
+    for other in learners[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(first.plain_model.state_dict().values(), other.plain_model.state_dict().values()))
+        first.dls.train.set_epoch(0)
+        for (xa, ya), (xb, yb) in zip(first.dls.train, other.dls.train): assert torch.equal(xa, xb) and torch.equal(ya, yb)
+    c = small(seed=1)
+    x, _ = next(iter(build_dls(c, device='cpu').train))
+    assert not torch.equal(x, next(iter(build_dls(small(), device='cpu').train))[0])
+
+def test_ce_is_plain_training():
+    "The callback that only measures leaves the training as it is, to the bit"
+    from gini_loss.callback import GiniLossCallback
+    c = small(loss='ce')
+    learn = build_learner(c, build_dls(c, device='cpu'))
+    learn.fit(2)
+    plain = build_learner(c, build_dls(c, device='cpu'))
+    plain.remove_cbs([cb for cb in plain.cbs if not type(cb).__name__ == 'TrainEvalCallback'])
+    for epoch in range(2):
+        torch.manual_seed(0)
+        plain.fit(1, lr=c.lr)
+    assert all(torch.equal(a, b) for a, b in zip(learn.plain_model.state_dict().values(), plain.plain_model.state_dict().values()))
+
+def test_random_state_of_the_caller_is_left_alone(tmp_path):
+    torch.manual_seed(5)
+    run(small(epochs=1, start_epoch=0), tmp_path)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))
+
+# --- schedules
+
+def test_schedules():
+    c = small(loss='ce', epochs=6, milestones=(2, 4))
+    learn = build_learner(c, build_dls(c, device='cpu'))
+    learn.fit(6)
+    assert np.allclose(learn.epoch_log.columns['lr'], [.01, .01, .002, .002, .0004, .0004])
+    c = small(loss='ce', epochs=6, schedule='plateau', patience=1, factor=.5, monitor='epoch')
+    learn = build_learner(c, build_dls(c, device='cpu'))
+    learn.fit(6)
+    assert np.allclose(learn.epoch_log.columns['lr'], [.01, .01, .01, .005, .005, .0025])
+
+# --- interruptions
+
+@pytest.mark.parametrize('changes', [{}, dict(optimizer='sgd', momentum=.9, schedule='plateau', patience=0), dict(arch='resnet50', dropout=.4, width=2, epochs=2)],
+                         ids=['adam', 'sgd-plateau', 'dropout'])
+def test_stopped_after_each_epoch(tmp_path, monkeypatch, changes):
+    "A run stopped at every epoch's end and continued by a new learner ends like one that was never stopped"
+    c = small(**changes)
+    run(c, tmp_path/'whole')
+    class Stop(engine.Deadline):
+        def before_epoch(self):
+            if self.learn.epoch > self.learn.first_epoch: self._stop()
+            super().before_epoch()
+    monkeypatch.setattr(engine, 'Deadline', Stop)
+    for _ in range(c.epochs - 1): assert run(c, tmp_path/'parts') is None
+    record = run(c, tmp_path/'parts')
+    assert record['seconds']['sessions'] == c.epochs
+    assert_same(c, tmp_path/'whole', tmp_path/'parts')
+    assert not list((tmp_path/'parts'/'checkpoints').iterdir())
+
+def test_stopped_within_an_epoch(tmp_path, monkeypatch):
+    c = small()
+    run(c, tmp_path/'whole')
+    class Stop(engine.Deadline):
+        def after_batch(self):
+            if self.learn.epoch == 1 and self.learn.iter == 2: self._stop()
+    with monkeypatch.context() as m:
+        m.setattr(engine, 'Deadline', Stop)
+        assert run(c, tmp_path/'parts') is None
+    run(c, tmp_path/'parts')
+    assert_same(c, tmp_path/'whole', tmp_path/'parts')
+
+def command(folder, c, *more):
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in dict(train_per_class=c.train_per_class, epochs=c.epochs).items()]
+    return [sys.executable, '-m', 'gini_loss.train', '--preset', 'test', *options, '--device', 'cpu', '--results', str(folder/'results'), '--checkpoints', str(folder/'checkpoints'), *more]
+
+def test_kill_9_at_random_points(tmp_path):
+    c = small(epochs=6)
+    run(c, tmp_path/'whole')
+    rng, folder, killed = np.random.default_rng(0), tmp_path/'killed', 0
+    for _ in range(3):
+        p = subprocess.Popen(command(folder, c), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        # the first line is the end of an epoch: then any moment will do, also within a checkpoint
+        if not p.stdout.readline(): break
+        time.sleep(rng.uniform(0, .3))
+        p.send_signal(signal.SIGKILL)
+        killed += p.wait() == -signal.SIGKILL
+    assert killed
+    done = subprocess.run(command(folder, c), env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same(c, tmp_path/'whole', folder)
+    assert not list((folder/'checkpoints').glob('*.pt'))
+
+# --- files
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    "A run with a checkpoint after its first epoch"
+    class Stop(engine.Deadline):
+        def before_epoch(self):
+            if self.learn.epoch == 1: self._stop()
+            super().before_epoch()
+    c = small()
+    with monkeypatch.context() as m:
+        m.setattr(engine, 'Deadline', Stop)
+        assert run(c, tmp_path) is None
+    return c, tmp_path, tmp_path/'checkpoints'/f'{c.run_id}.pt'
+
+def test_damaged_checkpoints_are_named(stopped):
+    c, folder, path = stopped
+    good = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in [*rng.integers(0, len(good), 12).tolist(), 0, len(good) - 1]:
+        bad = bytearray(good)
+        bad[place] ^= 1
+        path.write_bytes(bad)
+        with pytest.raises(CheckpointError, match=path.name): load_checkpoint(path, c)
+    for size in (0, 10, 40, 2000, len(good) - 1):
+        path.write_bytes(good[:size])
+        with pytest.raises(CheckpointError, match=path.name): run(c, folder)
+    path.write_bytes(b'PK\x03\x04 something else')
+    with pytest.raises(CheckpointError, match='--restart'): run(c, folder)
+    assert run(c, folder, restart=True)['seconds']['sessions'] == 1
+
+def test_foreign_checkpoint(stopped):
+    c, folder, path = stopped
+    other = replace(c, seed=1)
+    path.rename(path.with_name(f'{other.run_id}.pt'))
+    with pytest.raises(CheckpointError, match='seed=0 instead of 1'): run(other, folder)
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path/'run.pt'
+    save_checkpoint(path, dict(epoch=0), dict(a=torch.arange(3)))
+    def full(fd): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(engine.os, 'fsync', full)
+    with pytest.raises(OSError, match='No space'): save_checkpoint(path, dict(epoch=1), dict(a=torch.arange(4)))
+    assert read_checkpoint_header(path) == dict(epoch=0) and len(load_checkpoint(path)[1]['a']) == 3
+    assert [o.name for o in tmp_path.iterdir()] == ['run.pt']
+
+def test_full_disk_does_not_end_the_run(tmp_path, monkeypatch):
+    c, save = small(), engine.save_checkpoint
+    run(c, tmp_path/'whole')
+    def full(path, header, state):
+        if header['epoch'] == 1: raise OSError(28, 'No space left on device')
+        save(path, header, state)
+    monkeypatch.setattr(engine, 'save_checkpoint', full)
+    with pytest.warns(UserWarning, match='epoch 1 was not saved'): run(c, tmp_path/'full')
+    assert_same(c, tmp_path/'whole', tmp_path/'full')
+
+def test_full_disk_at_the_record_keeps_the_checkpoint(tmp_path, monkeypatch):
+    c = small(epochs=2)
+    def full(*args): raise OSError(28, 'No space left on device')
+    with monkeypatch.context() as m:
+        m.setattr(engine, 'write_record', full)
+        with pytest.raises(OSError): run(c, tmp_path)
+    assert (tmp_path/'checkpoints'/f'{c.run_id}.pt').exists()
+    run(c, tmp_path)
+    run(c, tmp_path/'whole')
+    assert_same(c, tmp_path/'whole', tmp_path)
+
+def test_lock(tmp_path):
+    c = small(epochs=1, start_epoch=0)
+    path = tmp_path/'checkpoints'/f'{c.run_id}.lock'
+    with RunLock(path):
+        assert is_locked(path)
+        with pytest.raises(RunLocked, match=str(os.getpid())): run(c, tmp_path)
+    assert not is_locked(path) and not path.exists()
+    path.write_text('process 1') # left by a process that is no more
+    run(c, tmp_path)
+
+def test_record_is_not_trained_twice(tmp_path, monkeypatch):
+    c = small(epochs=1, start_epoch=0)
+    first = run(c, tmp_path, folder='some/where')
+    monkeypatch.setattr(engine, '_train', lambda *args: pytest.fail("trained again"))
+    assert run(c, tmp_path) == first
+
+def test_nan_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match='NaN or infinite'), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        run(small(optimizer='sgd', lr=1e30, loss='ce'), tmp_path)
+
+# --- command line
+
+def test_command_line(tmp_path, capsys):
+    assert main(['--arch', 'resnet50', '--loss', 'kl', '--reverse-kl', '--dropout', '0.4', '--show']) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown['reverse_kl'] is True and shown['dropout'] == .4 and shown['epochs'] == 250 and shown['milestones'] == [60, 120, 160, 200]
+    assert main(['--arch', 'vgg']) == 1 and 'resnet17' in capsys.readouterr().err
+    assert main(['--preset', 'test', '--epochs', 'many']) == 1 and "epochs='many'" in capsys.readouterr().err
+    assert main(['--preset', 'test', '--budget', '0', '--results', str(tmp_path/'r'), '--checkpoints', str(tmp_path/'c')]) == 3
+
+def test_no_record_of_synthetic_images_says_cifar(tmp_path):
+    record = run(small(epochs=1, start_epoch=0), tmp_path)
+    assert record['config']['data'] == 'synthetic' and record['last']['caltech_accuracy'] is None
+    assert not any(part in json.dumps(record) for part in ('/tmp', '/home', os.uname().nodename))
+
+# --- switches
+
+@pytest.mark.parametrize('changes', [dict(precision='bfloat16'), dict(channels_last=True, width=8), dict(precision='float64'), dict(arch='cvt7', width=6), dict(arch='resnet17')], ids=str)
+def test_switches_train(tmp_path, changes):
+    record = run(small(epochs=2, **changes), tmp_path)
+    assert record['epochs']['train_loss'][-1] < record['epochs']['train_loss'][0]
+
+def test_compiled_and_eager_agree(tmp_path):
+    try: torch.compile(lambda x: x + 1)(torch.ones(2))
+    except Exception as e: pytest.skip(f"torch.compile does not work here ({type(e).__name__})")
+    c = small(epochs=2, lr=1e-4, width=8)
+    eager, compiled = run(c, tmp_path), run(replace(c, compile=True), tmp_path)
+    for column in ('train_loss', 'train_gini', 'train_kl'): assert np.allclose(eager['epochs'][column], compiled['epochs'][column], atol=1e-3)
+
+# --- several processes
+
+SCRIPT = '''
+import os, sys, torch
+torch.set_num_threads(1)
+from gini_loss.train import _distributed, _rank, build_dls, build_learner, recipe
+from gini_loss.data import DeviceLoader
+class Turned(DeviceLoader):
+    "Each batch with its images in reverse order"
+    def _batches(self, epoch, start=0):
+        order, draws = self._order(epoch), self._draws(epoch)
+        for i in range(start, len(self)): yield i, self._batch(order[i*self.bs:(i + 1)*self.bs].flip(0), draws)
+def run(path, arch, precision, lr, turned):
+    c = recipe('test', loss='both', start_epoch=0, optimizer='sgd', lr=float(lr), momentum=0.9, train_per_class=20, bs=20, epochs=1, arch=arch, precision=precision)
+    dls = build_dls(c, device='cpu')
+    if turned == 'turned': dls.loaders[0] = dls.train.new(cls=Turned)
+    learn = build_learner(c, dls)
+    learn.fit(1)
+    if _rank() == 0: torch.save((learn.plain_model.state_dict(), learn.epoch_log.columns), path)
+with _distributed('cpu'): run(*sys.argv[1:])
+sys.stdout.flush(); sys.stderr.flush(); os._exit(0)                      # threads of the process group can abort the end of an interpreter
+'''
+
+def torchrun(n, *args): return [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), *args]
+
+def weights_after_ten_steps(folder, name, *options, processes=1):
+    "What the script above saves: the network's state and the columns of its log"
+    (folder/'script.py').write_text(SCRIPT)
+    args = [str(folder/'script.py'), str(folder/f'{name}.pt'), *options]
+    done = subprocess.run(torchrun(processes, *args) if processes > 1 else [sys.executable, *args], env=ALONE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder/f'{name}.pt')
+
+def largest_difference(one, other): return max((one[k].double() - other[k].double()).abs().max().item() for k in one)
+
+@pytest.mark.parametrize('arch', ['resnet18', 'cvt7'])
+def test_two_processes_give_the_weights_of_one(tmp_path, arch):
+    (one, a), (two, b) = (weights_after_ten_steps(tmp_path, f'{n}', arch, 'float64', '0.05', 'plain', processes=n) for n in (1, 2))
+    assert largest_difference(one, two) < 1e-6
+    for k in ('train_loss', 'train_gini', 'train_kl'): assert np.allclose(a[k], b[k], rtol=0, atol=1e-6)
+
+def test_two_processes_in_single_precision_differ_by_rounding(tmp_path):
+    "No more than what the order of the images within a batch does to a single process, which the kinks of the network can magnify"
+    options = 'resnet18', 'float32', '0.001'
+    one, turned = (weights_after_ten_steps(tmp_path, how, *options, how)[0] for how in ('plain', 'turned'))
+    two = weights_after_ten_steps(tmp_path, 'two', *options, 'plain', processes=2)[0]
+    rounding = largest_difference(one, turned)
+    assert 0 < largest_difference(one, two) < max(10*rounding, 1e-5), (rounding, largest_difference(one, two))
+
+def accelerate_launch(n, *args): return [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', str(n), '--num_machines', '1', '--mixed_precision', 'no',
+                                         '--dynamo_backend', 'no', '--main_process_port', '0', *args]
+
+@pytest.mark.parametrize('launch', [torchrun, accelerate_launch], ids=['torchrun', 'accelerate launch'])
+def test_the_same_command_in_two_processes(tmp_path, launch):
+    if launch is accelerate_launch: pytest.importorskip('accelerate')
+    done = subprocess.run(launch(2, *command(tmp_path, small(epochs=2))[1:]), env=ALONE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads(next((tmp_path/'results').glob('*.json')).read_text())
+    assert record['hardware']['processes'] == 2 and record['run_id'] == small(epochs=2).run_id
+    assert not list((tmp_path/'checkpoints').iterdir())
+
+def test_help_tells_every_field(capsys):
+    with pytest.raises(SystemExit): main(['--help'])
+    said = capsys.readouterr().out.replace('\n', ' ')
+    said = ' '.join(said.split())
+    for text in ('images in a batch, over all processes', 'dotted name of the tapped layer', 'learning rate at the start', 'first epoch with the terms, counted from 0'): assert text in said
