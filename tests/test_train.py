@@ -347,7 +347,7 @@ def test_two_processes_in_single_precision_differ_by_rounding(tmp_path):
     rounding = largest_difference(one, turned)
     assert 0 < largest_difference(one, two) < max(10*rounding, 1e-5), (rounding, largest_difference(one, two))
 
-def accelerate_launch(n, *args): return [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', str(n), '--num_machines', '1', '--mixed_precision', 'no',
+def accelerate_launch(n, *args): return [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', str(n), '--num_machines', '1', '--mixed_precision', 'no',
                                          '--dynamo_backend', 'no', '--main_process_port', '0', *args]
 
 @pytest.mark.parametrize('launch', [torchrun, accelerate_launch], ids=['torchrun', 'accelerate launch'])
