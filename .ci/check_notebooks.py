@@ -80,6 +80,7 @@ def check(path):
     raw = path.read_text(encoding="utf-8")
     if len(raw.encode()) > MAX_BYTES: say(f"{len(raw)/1e6:.1f} MB, more than {MAX_BYTES/1e6} MB")
     all_cells = json.loads(raw)["cells"]
+    if any(isinstance(c["source"], str) for c in all_cells): say("sources as one string each: save it in Jupyter, which stores lines, so that a change can be read in a diff")
     first = text(all_cells[0]["source"])
     if not first.startswith("# "): say("the first cell is not a title")
     if not re.search(r"^> \S", first, re.M): say("no one-sentence subtitle under the title")
