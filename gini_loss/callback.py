@@ -141,7 +141,7 @@ class GiniLossCallback(Callback):
             with torch.set_grad_enabled(on):
                 A = tap.pop() if on else tap.activations.detach()
                 if y is None: y = _mixed_targets(self.learn.yb[0], self.learn, loss.n_classes)
-                if loss.channel_dim is None: loss.channel_dim = find_channel_dim(self.learn.model, A)
+                if loss.channel_dim is None: loss.channel_dim = find_channel_dim(self.learn.model, A, tap.module)
                 try: gini, kl, live = loss.terms_and_live(A, y)
                 except (ValueError, TypeError) as e: raise type(e)(f"layer {tap.name!r}: {e}") from e
             if on: total = total + sum(w*t for w, t in ((loss.lambda_gini, gini), (loss.lambda_kl, kl)) if w)

@@ -140,7 +140,7 @@ def inspect_layer(
         with FeatureTap(model, layer) as tap:
             for x, y in loader:
                 right.append((model(x).argmax(1) == y).cpu())
-                features.append(pool(tap.activations, channel_dim=find_channel_dim(model, tap.activations)).cpu())
+                features.append(pool(tap.activations, channel_dim=find_channel_dim(model, tap.activations, tap.module)).cpu())
                 labels.append(y.cpu())
     finally: model.train(training)
     return diagnostics(torch.cat(features), torch.cat(labels), n_classes, reverse_kl=reverse_kl), torch.cat(right)
@@ -253,7 +253,7 @@ class Demo:
         with FeatureTap(model, s['layer']) as tap:
             model(x)
             A = tap.pop()
-            GiniKLLoss(channel_dim=find_channel_dim(model, A)).terms(A, y)
+            GiniKLLoss(channel_dim=find_channel_dim(model, A, tap.module)).terms(A, y)
             s['layer'] = tap.name
 
     def _train(self, seed, weights, progress):

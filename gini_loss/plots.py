@@ -38,7 +38,7 @@ def layer_diagnostics(
                 if i == n_batches: break
                 model(x.to(device))
                 A = tap.pop()
-                rows.append(pool(A, rectify, find_channel_dim(model, A) if channel_dim is None else channel_dim).cpu())
+                rows.append(pool(A, rectify, find_channel_dim(model, A, tap.module) if channel_dim is None else channel_dim).cpu())
                 targets.append(torch.as_tensor(y).cpu())
     finally: model.train(was_training)
     if not rows: raise ValueError("the data loader gave no batch: there is nothing to look at")

@@ -90,16 +90,33 @@ def last_stage(
     return _last_of(*(_inside(*children[-1]) if hasattr(getattr(model, 'config', None), 'model_type') else children[-1]))
 
 # %% ../nbs/10_tap.ipynb #38b5b926
+def _width(m, into):
+    "How many channels `m` takes in or gives out, and whether they are dimension 1 for sure; None if it does not tell"
+    if isinstance(m, nn.modules.conv._ConvNd): return (m.in_channels if into else m.out_channels), True
+    if isinstance(m, (nn.modules.batchnorm._NormBase, nn.GroupNorm)): return getattr(m, 'num_channels', None) or m.num_features, True
+    if isinstance(m, nn.Linear): return (m.in_features if into else m.out_features), False
+    shape = getattr(m, 'normalized_shape', None)                      # LayerNorm, RMSNorm
+    return (shape[0], False) if isinstance(shape, tuple) and len(shape) == 1 else None
+
 def find_channel_dim(
     model: nn.Module, # the network the activations come from, an `nn.Module`
     A: torch.Tensor, # activations of one of its layers, batch first
+    layer: str | nn.Module | None = None, # the layer that `A` is the output of, a dotted name or module; None: not known, all layers are asked
 ) -> int:
-    "Dimension of `A` that holds the channels: the one whose size some linear or normalisation layer of the model expects, 1 if in doubt (maps) or -1 (tokens)"
+    "Dimension of `A` that holds the channels: the one whose size fits the layers of the model, those near `layer` first; in doubt 1 (maps) or -1 (tokens)"
     if A.ndim == 2: return 1
-    usual = (1, -1) if A.ndim != 3 else (-1, 1)
-    for m in reversed(list(_unwrap(model).modules())):           # the classifier is the last to be defined
-        width = m.in_features if isinstance(m, nn.Linear) else m.normalized_shape[-1] if isinstance(m, nn.LayerNorm) else None
-        for d in usual:
+    usual, everything = (1, -1) if A.ndim != 3 else (-1, 1), list(_unwrap(model).modules())
+    if layer is None:                                                # what knows its place first, then the classifier, the last to be defined
+        known = [_width(m, into) for into in (True, False) for m in reversed(everything)]
+        widths = sorted((w for w in known if w), key=lambda w: not w[1])
+    else:
+        module = find_layer(model, layer)[1]
+        inside = list(module.modules())
+        at = next((i for i, m in enumerate(everything) if m is module), len(everything))
+        widths = [w for m in inside[::-1] + everything[:at][::-1] if (w := _width(m, False))]
+        widths += [w for m in everything[at + len(inside):] if (w := _width(m, True))]
+    for width, first in widths:
+        for d in (1,) if first else usual:
             if A.shape[d] == width: return d
     return usual[0]
 

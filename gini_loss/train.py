@@ -569,7 +569,7 @@ def predict(
         for x, *_ in loader:
             out = model(x)
             logits.append(out.cpu() if out.dtype == torch.float64 else out.float().cpu())
-            if t is not None: features.append(pool(t.activations, rectify, find_channel_dim(model, t.activations)).cpu())
+            if t is not None: features.append(pool(t.activations, rectify, find_channel_dim(model, t.activations, t.module)).cpu())
     model.train(training)
     return torch.cat(logits), torch.cat(features) if features else None
 

@@ -335,3 +335,29 @@ def test_copies_of_a_tap_start_detached_and_work(twin_of):
         with twin: check_step(own, own, twin)
         tap.clear(); check_step(net, net, tap)
     assert hooks(net) == 0
+
+@pytest.mark.parametrize('layer', ['0', '1', '2'])
+def test_columns_of_pixels_are_not_taken_for_channels(layer):
+    "A classifier that expects as many features as the maps have columns"
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(16*8*8, 8), nn.ReLU(), nn.Linear(8, 4))
+    with FeatureTap(net, layer) as tap:
+        net(torch.rand(6, 3, 8, 8))
+        assert find_channel_dim(net, tap.activations, tap.module) == find_channel_dim(net, tap.activations, layer) == find_channel_dim(net, tap.activations) == 1
+    from gini_loss.plots import layer_diagnostics
+    d = layer_diagnostics(net, [(torch.rand(8, 3, 8, 8), torch.arange(8) % 4)], layer)
+    assert len(d.impurity) == 16
+
+def test_channels_last_are_found_beside_a_convolution():
+    "A stem of convolutions in front of blocks that keep the channels last"
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.block, self.head = nn.Conv2d(3, 8, 4, 4), nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 24)), nn.Linear(24, 4)
+        def forward(self, x): return self.head(self.block(self.stem(x).permute(0, 2, 3, 1)).mean((1, 2)))
+    net = Last()
+    for size, stem in ((32, 1), (20, 1)):
+        with FeatureTap(net, 'block') as block, FeatureTap(net, 'stem') as tap:
+            net(torch.rand(2, 3, size, size))
+            assert find_channel_dim(net, block.activations, 'block') == -1 and find_channel_dim(net, tap.activations, 'stem') == stem
+    with pytest.raises(ValueError, match='nearest|did you mean'): find_channel_dim(net, torch.rand(2, 8, 4, 4), 'blck')
