@@ -6,10 +6,10 @@
 __all__ = ['LOSSES', 'RECIPES', 'RECORD_FORMAT', 'Config', 'recipe', 'load_images', 'build_dls', 'build_model', 'EpochLog',
            'LearningRate', 'KeepBest', 'Progress', 'cross_entropy', 'build_learner', 'CheckpointError', 'RunLocked',
            'save_checkpoint', 'read_checkpoint_header', 'load_checkpoint', 'RunLock', 'is_locked', 'Checkpoint',
-           'Deadline', 'predict', 'environment', 'write_record', 'find_record', 'train', 'main']
+           'Deadline', 'predict', 'environment', 'write_record', 'check_folders', 'find_record', 'train', 'main']
 
 # %% ../nbs/23_train.ipynb #e3370cc4
-import argparse, contextlib, copy, gc, hashlib, io, json, os, platform, re, struct, subprocess, sys, time, types, typing, warnings
+import argparse, contextlib, copy, gc, hashlib, io, json, os, platform, re, struct, subprocess, sys, tempfile, time, types, typing, warnings
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from functools import lru_cache, partial
@@ -62,6 +62,7 @@ class Config:
     layer: str | None = None # dotted name of the tapped layer; None: the network's own choice
     width: int | None = None # channels of the first stage; None: the paper's
     dropout: float = 0. # before the classifier, resnet50 only
+    final_relu: bool = True # a ReLU behind the last convolution, which gives the logits, resnet17 only
     data: str = 'cifar100' # cifar100, or synthetic: made-up images for tests
     train_per_class: int | None = None # training images of each class; None: all
     valid_per_class: int = 40 # validation images of each class
@@ -81,6 +82,12 @@ class Config:
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and not value >= least: raise ValueError(f"{name} must be at least {least}, got {value}")
+        for f in fields(self):
+            value, most = getattr(self, f.name), _MOST.get(f.name, float('inf'))
+            if isinstance(value, float) and not (value <= most and value < float('inf')): raise ValueError(f"{f.name} must be {'finite' if most == float('inf') else f'at most {most}'}, got {value}")
+        if self.dropout == 1: raise ValueError("dropout=1 would drop everything: choose less")
+        if self.schedule != 'none' and self.factor >= 1: raise ValueError(f"factor must be below 1, got {self.factor}: the schedule multiplies the learning rate by it")
+        if not self.final_relu and self.arch != 'resnet17': raise ValueError(f"final_relu is an option of resnet17, got {self.final_relu} for {self.arch}")
         if self.dropout and self.arch != 'resnet50': raise ValueError(f"dropout is an option of resnet50, got {self.dropout} for {self.arch}")
         for name, on in zip(('lambda_gini', 'lambda_kl'), LOSSES[self.loss]):
             if not on: object.__setattr__(self, name, 0.) # what the loss lacks cannot make two runs differ
@@ -112,6 +119,7 @@ _CHOICES = dict(arch=('resnet17', 'resnet18', 'resnet50', 'cvt7'), loss=tuple(LO
                 data=('cifar100', 'synthetic'), precision=('float32', 'bfloat16', 'float64'))
 _LEAST = dict(seed=0, epochs=1, bs=1, lr=0, momentum=0, weight_decay=0, factor=0, patience=0, threshold=0, lambda_gini=0, lambda_kl=0, start_epoch=0,
               width=1, dropout=0, train_per_class=1, valid_per_class=1, split_seed=0, padding=0, flip=0, rotation=0)
+_MOST = dict(dropout=1, flip=1, rotation=180)
 
 def _as_type(name, kind, value):
     "`value` of the field `name` as the type its annotation asks for: numbers are checked, never rounded"
@@ -236,6 +244,7 @@ def build_model(
     torch.manual_seed(config.seed)
     options = dict(width=config.width) if config.width is not None else {}
     if config.dropout: options['dropout'] = config.dropout
+    if not config.final_relu: options['final_relu'] = False
     model = getattr(models, config.arch)(n_classes, **options)
     if config.precision == 'float64': model = model.double()
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
@@ -667,6 +676,16 @@ def _record_text(record):
         lines.append(f' {json.dumps(k)}: {body}')
     return '{\n' + ',\n'.join(lines) + '\n}\n'
 
+def check_folders(
+    *folders, # folders that will be written to; made if they are not there
+):
+    "Raise OSError, which names the folder, unless files can be written in each of them: asked before training, not after"
+    for folder in folders:
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file: file.write(b'0')
+        except OSError as e: raise type(e)(e.errno, f"cannot write in the folder {str(folder)!r} ({e.strerror or e}): name another one, or free it") from None
+
 def find_record(
     results, # folder of the records, searched with all folders below it
     config, # `Config` of the run
@@ -688,11 +707,13 @@ def train(
     checkpoint_every=1, # epochs between two checkpoints
     verbose=True, # a line per epoch
 ):
-    "Train a run, or continue it, and write its record: a dict. None if the deadline came first. RunLocked, CheckpointError, FileNotFoundError, ValueError"
-    device = torch.device(device if device is not None else 'cuda' if torch.cuda.is_available() else 'cpu')
+    "Train a run, or continue it, and write its record: a dict. None if the deadline came first. RunLocked, CheckpointError, OSError (FileNotFoundError without the data), ValueError"
+    device = _device(device if device is not None else 'cuda' if torch.cuda.is_available() else 'cpu')
+    if checkpoint_every < 1: raise ValueError(f"checkpoint_every must be at least 1 epoch, got {checkpoint_every}")
     found = find_record(results, config)
     if _world_size() > 1: found = _agree(found)
     if found is not None: return json.loads(found.read_text())
+    check_folders(results if folder is None else Path(results)/folder, checkpoints)
     path = Path(checkpoints)/f'{config.run_id}.pt'
     with _run_lock(path.with_suffix('.lock')), \
          torch.random.fork_rng([device] if device.type == 'cuda' else []), warnings.catch_warnings():
@@ -700,6 +721,14 @@ def train(
         if restart and _rank() == 0: path.unlink(missing_ok=True)
         if _world_size() > 1: dist.barrier()
         return _train(config, results if folder is None else Path(results)/folder, path, data_root, caltech_root, device, deadline, checkpoint_every, verbose)
+
+def _device(name):
+    "torch device called `name`. ValueError if there is none on this machine"
+    try: device = torch.device(name)
+    except RuntimeError: raise ValueError(f"there is no device {name!r}: use cpu, cuda, cuda:1 ...") from None
+    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there is no device {name!r}: torch sees {torch.cuda.device_count()} GPUs here; leave it out, or use cpu")
+    return device
 
 def _agree(value):
     "What process 0 has, in all processes"
@@ -750,7 +779,10 @@ def _train(config, results, path, data_root, caltech_root, device, deadline, eve
     record = json.loads(_record_text(record))
     if _world_size() > 1: dist.barrier()
     if _rank() == 0:
-        write_record(results, record, {**{f'last_{k}': v for k, v in arrays.items()}, **{f'best_{k}': v for k, v in best_arrays.items()}, **layer_arrays})
+        try: write_record(results, record, {**{f'last_{k}': v for k, v in arrays.items()}, **{f'best_{k}': v for k, v in best_arrays.items()}, **layer_arrays})
+        except OSError as e:
+            raise OSError(e.errno, f"the record could not be written in {str(results)!r} ({_message(e)}). Nothing is lost: the trained network is in {path}."
+                          " Free the folder or name another one, and start the same run again") from e
         path.unlink(missing_ok=True)
         if verbose: print(f"{config.run_id}  done: test accuracy {record['last']['test_accuracy']:.2%} (best epoch {record['best']['test_accuracy']:.2%})", flush=True)
     if _world_size() > 1: dist.barrier()
@@ -789,14 +821,25 @@ def _add_config_options(parser):
         if f.type is bool: parser.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, default=None, help=help.get(f.name))
         else: parser.add_argument(flag, dest=f.name, default=None, metavar=f.name.upper(), help=help.get(f.name))
 
+def _message(e):
+    "What an exception says, without the number that the system gives an error of files"
+    if not isinstance(e, OSError) or not e.strerror: return str(e)
+    return e.strerror if e.filename is None else f'{e.strerror}: {str(e.filename)!r}'
+
+def _one_or_more(text):
+    try: number = int(text)
+    except ValueError: number = 0
+    if number < 1: raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return number
+
 def _add_run_options(parser):
     parser.add_argument('--results', default='results', help='folder of the records (results)')
     parser.add_argument('--checkpoints', default='checkpoints', help='folder of checkpoints and locks (checkpoints)')
     parser.add_argument('--data-root', default=None, help="folder of CIFAR-100 (fastai's data folder)")
     parser.add_argument('--caltech-root', default=None, help="folder that holds caltech101/ (fastai's data folder)")
     parser.add_argument('--device', default=None, help='cpu, cuda, cuda:1 ... (a GPU if there is one)')
-    parser.add_argument('--threads', type=int, default=None, help='CPU threads of torch')
-    parser.add_argument('--checkpoint-every', type=int, default=1, help='epochs between two checkpoints (1)')
+    parser.add_argument('--threads', type=_one_or_more, default=None, help='CPU threads of torch')
+    parser.add_argument('--checkpoint-every', type=_one_or_more, default=1, help='epochs between two checkpoints (1)')
     parser.add_argument('--restart', action='store_true', help='forget the checkpoint of a run begun before')
 
 def main(
@@ -820,11 +863,13 @@ def main(
             print(json.dumps(dict(run_id=config.run_id, **asdict(config)), indent=1))
             return 0
         if args.threads: torch.set_num_threads(args.threads)
+        if args.device is not None: _device(args.device)
+        if (found := find_record(args.results, config)) is not None and not _rank(): print(f'{config.run_id}  is done: its record is {found}', flush=True)
         with _distributed(args.device) as device:
             record = train(config, args.results, args.checkpoints, data_root=args.data_root, caltech_root=args.caltech_root, device=device,
                            deadline=None if args.budget is None else time.monotonic() + args.budget, restart=args.restart, checkpoint_every=args.checkpoint_every)
-    except (ValueError, TypeError, RunLocked, CheckpointError, FileNotFoundError) as e:
-        print(f'gini_train: {e}', file=sys.stderr)
+    except (ValueError, TypeError, RunLocked, CheckpointError, OSError) as e:
+        print(f'gini_train: {_message(e)}', file=sys.stderr)
         return 1
     return 0 if record is not None else 3
 
