@@ -17,11 +17,12 @@ license_id = licenses[cfg["license"]]
 
 
 class with_records(build_py):
-    "The committed records of training runs come with the package; an editable installation reads them in the checkout"
+    "The committed records of training runs and of benchmarks come with the package; an editable installation reads them in the checkout"
     def run(self):
         super().run()
-        if not self.editable_mode and (here / "results").is_dir():
-            copytree(here / "results", Path(self.build_lib) / cfg["lib_path"] / "records", dirs_exist_ok=True)
+        for folder, name in (("results", "records"), ("benchmarks/results", "benchmarks")):
+            if not self.editable_mode and (here / folder).is_dir():
+                copytree(here / folder, Path(self.build_lib) / cfg["lib_path"] / name, dirs_exist_ok=True)
 
 
 setup(

@@ -12,7 +12,7 @@ def wheel(tmp_path_factory):
     "The wheel, built by the backend that pip would call, from a copy of what it reads"
     tree, out = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('wheel')
     for name in ('settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'): copy2(root/name, tree)
-    for name in ('gini_loss', 'nbs', 'tests', 'results'): copytree(root/name, tree/name, ignore=ignore_patterns('__pycache__', '.*'))
+    for name in ('gini_loss', 'nbs', 'tests', 'results', 'benchmarks'): copytree(root/name, tree/name, ignore=ignore_patterns('__pycache__', '.*'))
     code = f"from setuptools import build_meta; print(build_meta.build_wheel({str(out)!r}))"
     done = subprocess.run([sys.executable, '-c', code], cwd=tree, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -24,8 +24,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = {n for n in zipfile.ZipFile(wheel).namelist() if not n.endswith('/')}
     package = {n for n in names if '.dist-info/' not in n}
     records = {n for n in package if n.startswith('gini_loss/records/')}
+    measured = {n for n in package if n.startswith('gini_loss/benchmarks/')}
     expected = {p.relative_to(root).as_posix() for pattern in ('*.py', 'py.typed', 'studies/*.ini') for p in (root/'gini_loss').glob(pattern)}
-    assert package - records == expected
+    assert package - records - measured == expected
+    assert measured == {f'gini_loss/benchmarks/{p.name}' for p in (root/'benchmarks'/'results').glob('*.json')} and measured
     assert all(re.fullmatch(r'gini_loss/records/[\w./-]+\.(json|npz|csv|md)', n) for n in records)
     info = {n.split('.dist-info/')[1] for n in names - package}
     assert {'METADATA', 'WHEEL', 'RECORD', 'entry_points.txt'} <= info and any(n.endswith('LICENSE') for n in info)
