@@ -38,6 +38,17 @@ def test_the_wheel_installs_all_commands_and_requires_no_development_tools(wheel
     assert {'torch', 'fastai'} <= {re.match(r'[\w-]+', r).group() for r in needed}
     assert not [r for r in needed if re.match(r'(nbdev|execnb|pytest|mypy)\b', r)]
 
+def test_the_page_on_pypi_shows_the_figures_of_the_readme(wheel):
+    z = zipfile.ZipFile(wheel)
+    page = z.read(next(n for n in z.namelist() if n.endswith('METADATA'))).decode()
+    here, there = (re.findall(r'!\[[^\]]*\]\(([^)\s]+)\)', text) for text in ((root/'README.md').read_text(encoding='utf-8'), page))
+    own = [image for image in here if '://' not in image]
+    cfg = dict(re.findall(r'^(user|repo|branch) *= *(\S+)', (root/'settings.ini').read_text(), re.M))
+    raw = f"https://raw.githubusercontent.com/{cfg['user']}/{cfg['repo']}/{cfg['branch']}/"
+    assert own and len(here) == len(there) and {raw + image for image in own} <= set(there)
+    assert all((root/image.removeprefix(raw)).is_file() for image in there if image.startswith(raw))
+    assert not re.findall(r'\]\((?!\w+:|#)[^)]*\)|<img\b[^>]*src=["\'](?!\w+:)', page), "a link that leads nowhere outside the repository"
+
 # --- types
 
 TORCH = { # torch as far as the script below needs it: its own stubs take half a minute to read
