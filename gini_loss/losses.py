@@ -26,7 +26,7 @@ def pool(
     rectify: str = 'abs', # what to do with activations below zero: 'abs', 'relu', or 'none' (they are then an error)
     channel_dim: int = 1, # the dimension that holds the channels; -1 for token sequences (m, tokens, c)
 ) -> torch.Tensor: # M (m, c)
-    "Global average pooling of the rectified activations to M (m, c), in float32 or better: the *M* of Eq. 3"
+    "Global average pooling of the rectified activations to M (m, c), in float32 or better: the M of Eq. 3"
     A = _plain(A, "activations")
     if rectify not in ('abs', 'relu', 'none'):
         raise ValueError(f"rectify={rectify!r} is not known: use 'abs', 'relu' or 'none'")
@@ -87,7 +87,7 @@ def _check_targets(y, m=None, n_classes=None, ignore_index=-100):
 _FEW = 128 # up to so many classes a product with Y is as quick as adding up rows, also on a CPU
 
 def _columns(y, n_classes=None, ignore_index=-100, full=False, among=None):
-    "The column of *Y* for each label (m,) and the number of columns: n, or, unless `full`, at most len(among) (`among`: y, or the labels of all processes)"
+    "The column of Y for each label (m,) and the number of columns: n, or, unless `full`, at most len(among) (`among`: y, or the labels of all processes)"
     if among is None:
         among = y
         if n_classes is None and (full or y.device.type == 'cpu' and not torch.compiler.is_compiling()):   # else the host would wait for the device
@@ -99,7 +99,7 @@ def _columns(y, n_classes=None, ignore_index=-100, full=False, among=None):
 def _one_hot(ids, n, kept, dtype): return ((ids[:, None] == torch.arange(n, device=ids.device)) & kept[:, None]).to(dtype)
 
 def _label_matrix(y, dtype, n_classes=None, ignore_index=-100, full=False, among=None):
-    "*Y* of Eq. 4, (m, n); for hard labels, unless `full`, renumbered to at most len(among) columns"
+    "Y of Eq. 4, (m, n); for hard labels, unless `full`, renumbered to at most len(among) columns"
     if y.ndim == 2: return y.to(torch.promote_types(y.dtype, dtype))
     y = y.contiguous()
     return _one_hot(*_columns(y, n_classes, ignore_index, full, among), y != ignore_index, dtype)
@@ -116,7 +116,7 @@ def _row_sums(M, ids, n, kept, reduce):
     return reduce(S / torch.where(mass > 0, mass, 1)[:, None]).T, mass
 
 def _class_sums(M, y, n_classes=None, ignore_index=-100, full=False, among=None, reduce=lambda x: x):
-    "*S* (c, n) and the label mass of each class (n,): Eqs. 4 and 3, zero for a class without images. `reduce` adds up over processes"
+    "S (c, n) and the label mass of each class (n,): Eqs. 4 and 3, zero for a class without images. `reduce` adds up over processes"
     if y.ndim == 2: return _product_sums(M, _label_matrix(y, M.dtype), reduce)
     y, kept = y.contiguous(), y != ignore_index
     ids, n = _columns(y, n_classes, ignore_index, full, among)
@@ -130,7 +130,7 @@ def class_means(
     n_classes: int | None = None, # number of columns n; None: the largest label plus one
     ignore_index: int = -100, # images with this label take no part
 ) -> torch.Tensor: # S (c, n)
-    "Average activation of each channel on each class, *S* (c, n): Eqs. 4 and 3. A class without images gets a column of zeros"
+    "Average activation of each channel on each class, S (c, n): Eqs. 4 and 3. A class without images gets a column of zeros"
     M = _plain(M, "activations")
     if not M.is_floating_point(): raise TypeError(f"pooled activations must be floating point, got {M.dtype}: call .float()")
     if M.ndim != 2: raise ValueError(f"pooled activations must have shape (m, c), got {tuple(M.shape)}: call pool() first")
@@ -147,7 +147,7 @@ def _require_finite(total):
                  f" of {len(total)} channels: look at the layer's output, lower the learning rate, or use bfloat16 instead of float16")
 
 def _row_probs(S):
-    "*S̄* (c, n) and a bool (c,): which channels are alive"
+    "S̄ (c, n) and a bool (c,): which channels are alive"
     total = S.sum(1, keepdim=True)
     _require_finite(total)
     live = total > _DEAD
@@ -157,7 +157,7 @@ def _row_probs(S):
 def class_probs(
     S: torch.Tensor, # average activation of each channel on each class (c, n), not negative
 ) -> torch.Tensor: # S̄ (c, n)
-    "Rows of S as probabilities over the classes, *S̄* (c, n): Eq. 2. A channel that never fires gets a row of zeros"
+    "Rows of S as probabilities over the classes, S̄ (c, n): Eq. 2. A channel that never fires gets a row of zeros"
     S = _plain(S, "class means")
     if S.ndim != 2: raise ValueError(f"class means must have shape (c, n), got {tuple(S.shape)}")
     if not S.is_floating_point(): raise TypeError(f"class means must be floating point, got {S.dtype}: call .float()")
@@ -206,7 +206,7 @@ def gini_loss(
 def feature_histogram(
     P: torch.Tensor, # class probabilities of each channel (c, n), rows sum to 1 (or to 0: a dead channel, which has no vote)
 ) -> torch.Tensor: # H^S (n,)
-    "Share of the channels that stand for each class, *H^S* (n,): Eq. 6. Sums to 1, or to 0 if all channels are dead"
+    "Share of the channels that stand for each class, H^S (n,): Eq. 6. Sums to 1, or to 0 if all channels are dead"
     P = _plain(P, "class probabilities")
     if P.ndim != 2: raise ValueError(f"class probabilities must have shape (c, n), got {tuple(P.shape)}")
     if not P.is_floating_point(): raise TypeError(f"class probabilities must be floating point, got {P.dtype}: call .float()")
@@ -219,7 +219,7 @@ def label_histogram(
     n_classes: int | None = None, # number of bins n; None: the largest label plus one
     ignore_index: int = -100, # images with this label take no part
 ) -> torch.Tensor: # H^Y (n,)
-    "Share of the label mass on each class, *H^Y* (n,), float32 or better: Eq. 7. Sums to 1, or to 0 without labels"
+    "Share of the label mass on each class, H^Y (n,), float32 or better: Eq. 7. Sums to 1, or to 0 without labels"
     y = _check_targets(y, None, n_classes, ignore_index)
     dtype = torch.promote_types(y.dtype, torch.float32) if y.is_floating_point() else torch.float32
     mass = _label_matrix(y, dtype, n_classes, ignore_index, full=True).sum(0)
