@@ -120,6 +120,21 @@ def test_the_api_page_shows_every_public_name():
         missing = [n for n in module.__all__ if not re.search(rf'^### {n}$|^\| `{n}\b', page, re.M)]
         assert not missing, f"run nbs/60_api.ipynb again: it does not show {missing} of {path.name}"
 
+def test_every_name_of_the_contract_has_an_entry_with_an_example():
+    cells, sections, name = json.loads((root/'nbs'/'60_api.ipynb').read_text(encoding='utf-8'))['cells'], {}, None
+    for c in cells:
+        source = ''.join(c['source'])
+        if c['cell_type'] == 'markdown' and (heading := re.search(r'^#{2,3} (\w+)', source)): name = heading.group(1)
+        sections.setdefault(name, []).append((c, source))
+    contract = next(m.group(1) for c in cells if (m := re.search(r"^CONTRACT = '''([^']+)'''", ''.join(c['source']), re.M))).split()
+    assert len(contract) > 25
+    for name in contract:
+        here = sections.get(name, [])
+        assert any(source.startswith('#| echo: false') and f"'{name}'" in source and c['outputs'] for c, source in here), f"no entry for {name}"
+        run = any(c['cell_type'] == 'code' and not source.startswith('#|') and re.search(rf'\b{name}\b', source) and c['outputs'] for c, source in here)
+        shown = any(c['cell_type'] == 'markdown' and re.search(rf'```python\n[^`]*\b{name}\b', source) for c, source in here)
+        assert run or shown, f"no example for {name}"
+
 def luminance(color):
     linear = [c/12.92 if c <= .04045 else ((c + .055)/1.055)**2.4 for c in (int(color[i:i+2], 16)/255 for i in (1, 3, 5))]
     return .2126*linear[0] + .7152*linear[1] + .0722*linear[2]
