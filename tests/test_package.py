@@ -100,7 +100,7 @@ def functions(module):
             yield from (f for k, f in vars(o).items() if inspect.isfunction(f) and f.__module__ == module.__name__ and (k == '__init__' or not k.startswith('_'))
                        and not (k != '__init__' and o.__name__.endswith('Callback'))) # fastai calls those
 
-@pytest.mark.parametrize('name', ['losses', 'running', 'tap', 'callback', 'data', 'models', 'train', 'demo', 'results', 'stats', 'plots'])
+@pytest.mark.parametrize('name', ['losses', 'running', 'tap', 'callback', 'data', 'models', 'train', 'study', 'report', 'demo', 'results', 'stats', 'plots'])
 def test_public_functions_are_annotated(name):
     incomplete = []
     for f in functions(import_module(f'gini_loss.{name}')):
