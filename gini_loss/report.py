@@ -112,7 +112,7 @@ def format_details(
 ) -> pd.DataFrame:
     "For reading: what stands behind each verdict, a row for each comparison that was run"
     table = table[table.difference.notna()]
-    interval = lambda d, l, h: '' if pd.isna(d) else f'{d:+.2f} [{l:+.2f}, {h:+.2f}]'
+    interval = lambda d, l, h: '' if pd.isna(d) else f'{d:+.2f}' + (f' [{l:+.2f}, {h:+.2f}]' if pd.notna(l) else '')
     p = lambda v: '' if pd.isna(v) else f'{v:.3f}'
     out = pd.DataFrame({'network': table.arch.map(NETWORKS).fillna(table.arch), 'data': table.data, 'loss': table['loss'],
         'last epoch': [*map(interval, table.difference, table.low, table.high)]})
