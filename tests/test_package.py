@@ -40,6 +40,17 @@ def test_the_wheel_installs_all_commands_and_requires_no_development_tools(wheel
     assert {'torch', 'fastai'} <= {re.match(r'[\w-]+', r).group() for r in needed}
     assert not [r for r in needed if re.match(r'(nbdev|execnb|pytest|mypy)\b', r)]
 
+def test_the_page_on_pypi_shows_the_figures_of_the_readme(wheel):
+    z = zipfile.ZipFile(wheel)
+    page = z.read(next(n for n in z.namelist() if n.endswith('METADATA'))).decode()
+    here, there = (re.findall(r'!\[[^\]]*\]\(([^)\s]+)\)', text) for text in ((root/'README.md').read_text(encoding='utf-8'), page))
+    own = [image for image in here if '://' not in image]
+    cfg = dict(re.findall(r'^(user|repo|branch) *= *(\S+)', (root/'settings.ini').read_text(), re.M))
+    raw = f"https://raw.githubusercontent.com/{cfg['user']}/{cfg['repo']}/{cfg['branch']}/"
+    assert own and len(here) == len(there) and {raw + image for image in own} <= set(there)
+    assert all((root/image.removeprefix(raw)).is_file() for image in there if image.startswith(raw))
+    assert not re.findall(r'\]\((?!\w+:|#)[^)]*\)|<img\b[^>]*src=["\'](?!\w+:)', page), "a link that leads nowhere outside the repository"
+
 # --- types
 
 TORCH = { # torch as far as the script below needs it: its own stubs take half a minute to read
@@ -110,6 +121,21 @@ def test_the_api_page_shows_every_public_name():
         module = import_module(f'gini_loss.{path.stem}')
         missing = [n for n in module.__all__ if not re.search(rf'^### {n}$|^\| `{n}\b', page, re.M)]
         assert not missing, f"run nbs/60_api.ipynb again: it does not show {missing} of {path.name}"
+
+def test_every_name_of_the_contract_has_an_entry_with_an_example():
+    cells, sections, name = json.loads((root/'nbs'/'60_api.ipynb').read_text(encoding='utf-8'))['cells'], {}, None
+    for c in cells:
+        source = ''.join(c['source'])
+        if c['cell_type'] == 'markdown' and (heading := re.search(r'^#{2,3} (\w+)', source)): name = heading.group(1)
+        sections.setdefault(name, []).append((c, source))
+    contract = next(m.group(1) for c in cells if (m := re.search(r"^CONTRACT = '''([^']+)'''", ''.join(c['source']), re.M))).split()
+    assert len(contract) > 25
+    for name in contract:
+        here = sections.get(name, [])
+        assert any(source.startswith('#| echo: false') and f"'{name}'" in source and c['outputs'] for c, source in here), f"no entry for {name}"
+        run = any(c['cell_type'] == 'code' and not source.startswith('#|') and re.search(rf'\b{name}\b', source) and c['outputs'] for c, source in here)
+        shown = any(c['cell_type'] == 'markdown' and re.search(rf'```python\n[^`]*\b{name}\b', source) for c, source in here)
+        assert run or shown, f"no example for {name}"
 
 def luminance(color):
     linear = [c/12.92 if c <= .04045 else ((c + .055)/1.055)**2.4 for c in (int(color[i:i+2], 16)/255 for i in (1, 3, 5))]
