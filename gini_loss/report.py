@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SWITCHES', 'METRICS', 'NETWORKS', 'TEST_LABELS', 'records_path', 'study_runs', 'at_paper_scale', 'paper_comparison',
            'format_comparison', 'format_details', 'image_comparison', 'verdicts_in_words', 'study_progress',
-           'laptop_comparison', 'summary_markdown']
+           'study_to_train', 'laptop_comparison', 'summary_markdown']
 
 # %% ../nbs/31_table1.ipynb #bfc8d96a
 import shutil, types, typing
@@ -17,7 +17,7 @@ import gini_loss
 from .data import CALTECH12
 from .results import load_results, read_predictions
 from .stats import compare, judgement_rule, paired_images, paper_claims
-from .study import load_study
+from .study import Study, load_study
 from .train import Config, recipe
 
 # %% ../nbs/31_table1.ipynb #5a44a6be
@@ -61,8 +61,12 @@ def _pairs(one):
 
 def at_paper_scale(
     runs: pd.DataFrame, # frame of `load_results`
+    table: int | None = None, # 1 or 2: only the networks and losses of that table of the paper; None: all
 ) -> pd.DataFrame: # its `attrs['set_aside']` is the number of runs that were trained in another way than the others of their network
     "The runs that follow the paper's recipe for their network, but for `SWITCHES`; of each network those of the one way with the most complete pairs"
+    if table is not None:
+        claims = paper_claims(table)
+        runs = runs[runs.arch.isin(claims.arch) & runs.loss.isin(['ce', *claims.loss])]
     keep = _where(runs, lambda c: replace(c, **SWITCHES) == recipe(c.arch, loss=c.loss, seed=c.seed))
     ways = {arch: max(one.groupby('pair_hash'), key=lambda o: (*_pairs(o[1]), o[0]))[0] for arch, one in keep.groupby('arch')} if len(keep) else {}
     chosen = keep[[ways[a] == h for a, h in zip(keep.arch, keep.pair_hash)]] if len(keep) else keep.copy()
@@ -79,7 +83,7 @@ def paper_comparison(
 ) -> pd.DataFrame:
     "The paper's comparisons of one table beside ours, judged: the frame of `gini_loss.stats.compare`, with the same differences in the best epoch and the hardware"
     claims = paper_claims(table)
-    full = at_paper_scale(runs)
+    full = at_paper_scale(runs, table)
     judged = _with_best_epoch(full, {k: v for k, v in METRICS.items() if k in set(claims.data)}, claims=claims)
     judged.attrs['set_aside'] = full.attrs['set_aside']
     return judged
@@ -146,11 +150,11 @@ def verdicts_in_words(
     "One sentence: how many of the paper's comparisons were run, and what came out"
     counts = table.verdict.value_counts()
     done = len(table) - counts.get('not run', 0)
-    if not done: return f"None of the {len(table)} comparisons has been run at the paper's scale yet, so nothing is said about them here."
-    aside = table.attrs.get('set_aside', 0)
     parts = [f"{counts[v]} {v}" for v in ('replicated', 'not detected', 'contradicted') if v in counts]
-    return f"Of the {len(table)} comparisons {done} {'has' if done == 1 else 'have'} been run at the paper's scale: {', '.join(parts)}." + (
-        f" Set aside, so that no two ways of computing are mixed: {aside} {'run' if aside == 1 else 'runs'} of other precision, memory layout or compilation." if aside else "")
+    found = (f"Of the {len(table)} comparisons {done} {'has' if done == 1 else 'have'} been run at the paper's scale: {', '.join(parts)}." if done else
+             f"None of the {len(table)} comparisons has been run at the paper's scale yet, so nothing is said about them here.")
+    aside = table.attrs.get('set_aside', 0)
+    return found + (f" Set aside, so that no two ways of computing are mixed: {aside} {'run' if aside == 1 else 'runs'} of other precision, memory layout or compilation." if aside else "")
 
 # %% ../nbs/31_table1.ipynb #e5df9786
 def study_progress(
@@ -165,6 +169,22 @@ def study_progress(
     both = wanted.merge(have, on='key', how='left')
     return both.groupby(['network', 'loss'], sort=False).agg(wanted=('key', 'size'), done=('training_seconds', 'count'),
         median_seconds=('training_seconds', 'median'), hardware=('device_name', lambda d: ', '.join(sorted(d.dropna().unique())))).reset_index()
+
+def study_to_train(
+    name: str, # name of a study, such as 'table1'
+    path: str | Path | None = None, # folder of the records; None: `records_path()`
+) -> Study:
+    "What is left of a study, for `gini_loss.study.run_study`. Runs are to be trained in the way (`SWITCHES`) in which their network has the most complete pairs, so that the records gain pairs and none is trained again"
+    path, study = Path(path) if path is not None else records_path(), load_study(name)
+    if not path.is_dir(): return study
+    runs = load_results(path)
+    plain = {c.config_hash for c in study.configs}
+    have = _where(runs, lambda c: replace(c, **SWITCHES).config_hash in plain)
+    have = have.assign(network=[replace(_config(r), **SWITCHES).pair_hash for _, r in have.iterrows()])
+    best = {network: max((o for _, o in one.groupby('pair_hash')), key=lambda o: (*_pairs(o), o.pair_hash.iloc[0])).iloc[0] for network, one in have.groupby('network')}
+    ways = {network: {k: getattr(_config(row), k) for k in SWITCHES} for network, row in best.items()}
+    configs = [replace(c, **ways.get(replace(c, **SWITCHES).pair_hash, {})) for c in study.configs]
+    return study._replace(configs=[c for c in configs if c.run_id not in set(runs.run_id)])
 
 # %% ../nbs/31_table1.ipynb #a771978b
 def laptop_comparison(

@@ -55,7 +55,6 @@ def check_record(
         if not isinstance(column, list): raise ValueError(f"epochs.{name} must be a list, got {column!r}")
         if len(column) != config.epochs: raise ValueError(f"epochs.{name} has {len(column)} entries for {config.epochs} epochs")
     if record['last']['epoch'] != config.epochs - 1 or not 0 <= record['best']['epoch'] < config.epochs: raise ValueError("last.epoch or best.epoch is no epoch of the run")
-    if not isinstance(record.get('source') or {}, dict): raise ValueError(f"source must be an object, got {record['source']!r}")
     return config
 
 def _read_record(path):
@@ -166,7 +165,7 @@ def read_predictions(
 ) -> dict[str, np.ndarray]:
     "Arrays of a run: `last_test_pred` (N,) int16 and `last_test_confidence` (N,), the same for `best_` and `caltech_`, and `layer_impurity` (c,), `feature_histogram` (n,), `layer_probs` (c, n) for small ones"
     file = _file_of(run, path).with_suffix('.npz')
-    if not file.exists(): raise FileNotFoundError(f"the record has no predictions beside it: {file} is missing")
+    if not file.exists(): raise FileNotFoundError(f"the record has no predictions beside it: {file} is missing. It was written together with the record: put it back, or remove the record too and train the run again")
     try:
         with np.load(file, allow_pickle=False) as arrays: return {k: arrays[k] for k in arrays.files}
     except Exception as e: raise RecordError(f"{file}: cannot be read ({e})") from None

@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip('fastai', reason="training needs fastai")
 from gini_loss.plots import plot_runs
-from gini_loss.report import (at_paper_scale, format_comparison, format_details, image_comparison, laptop_comparison, paper_comparison, records_path, study_progress,
-                              study_runs, summary_markdown, verdicts_in_words)
+from gini_loss.report import (SWITCHES, at_paper_scale, format_comparison, format_details, image_comparison, laptop_comparison, paper_comparison, records_path,
+                              study_progress, study_runs, study_to_train, summary_markdown, verdicts_in_words)
 from gini_loss.results import load_results
 from gini_loss.study import load_study, main
 from gini_loss.train import recipe
@@ -85,6 +85,40 @@ def test_the_way_with_the_most_pairs_counts_and_the_rest_is_told(tmp_path):
     assert table.n.max() == 2 and 'Set aside' in verdicts_in_words(table) and '5 runs' in verdicts_in_words(table)
     progress = study_progress('table1', tmp_path/'r').set_index(['network', 'loss']).done
     assert progress['ResNet-18', 'ce'] == 5 and progress['ResNet-18', 'both'] == 2
+
+def test_each_table_chooses_the_way_by_its_own_pairs(tmp_path):
+    for s in range(3):
+        for loss in ('ce', 'gini', 'kl'): put(tmp_path/'r', recipe('resnet18', loss=loss, seed=s))
+    for s in range(2):
+        for loss in ('ce', 'both'): put(tmp_path/'r', recipe('resnet18', loss=loss, seed=s, precision='bfloat16'))
+    for loss in ('ce', 'both'): put(tmp_path/'r', recipe('resnet50', loss=loss)); put(tmp_path/'r', recipe('resnet50', loss=loss, compile=True))
+    runs = load_results(tmp_path/'r')
+    one, two = paper_comparison(runs, 1), paper_comparison(runs, 2).set_index('loss')
+    assert one[(one.arch == 'resnet18') & (one.data == 'CIFAR-100')].n.tolist() == [2] and one.attrs['set_aside'] == 3 + 2
+    assert two.n.to_dict() == dict(gini=3, kl=3, both=0) and two.attrs['set_aside'] == 4
+    assert set(at_paper_scale(runs, 1).loss) == {'ce', 'both'} and set(at_paper_scale(runs, 2).arch) == {'resnet18'}
+
+def test_runs_without_a_partner_of_their_way_are_told(tmp_path):
+    for s in range(2): put(tmp_path/'r', recipe('resnet18', loss='ce', seed=s)); put(tmp_path/'r', recipe('resnet18', loss='both', seed=s, precision='bfloat16'))
+    words = verdicts_in_words(paper_comparison(load_results(tmp_path/'r'), 1))
+    assert 'None of the 8' in words and 'Set aside' in words and '2 runs' in words
+
+def test_what_is_left_to_train_completes_the_pairs_that_count(tmp_path):
+    study = load_study('table1')
+    assert study_to_train('table1', tmp_path/'none').configs == study.configs
+    for s in range(5): put(tmp_path/'r', recipe('resnet18', loss='ce', seed=s))
+    for s in range(2):
+        for loss in ('ce', 'both'): put(tmp_path/'r', recipe('resnet18', loss=loss, seed=s, precision='bfloat16', compile=True))
+    for c in study.configs:
+        if c.arch == 'resnet17': put(tmp_path/'r', replace(c, precision='bfloat16'))
+    left = study_to_train('table1', tmp_path/'r')
+    assert left.name == 'table1' and {c.arch for c in left.configs} == {'resnet18', 'resnet50', 'cvt7'}
+    small = [c for c in left.configs if c.arch == 'resnet18']
+    assert [(c.loss, c.seed, c.precision, c.compile) for c in small] == [(l, s, 'bfloat16', True) for s in (2, 3, 4) for l in ('ce', 'both')]
+    assert all(replace(c, **SWITCHES) == c for c in left.configs if c.arch != 'resnet18')
+    for c in small: put(tmp_path/'r', c)
+    done = load_results(tmp_path/'r')
+    assert paper_comparison(done, 1).n.max() == 5 and not [c for c in study_to_train('table1', tmp_path/'r').configs if c.arch == 'resnet18']
 
 def test_details_hold_what_the_rule_promises(tmp_path):
     for c in load_study('table2').configs: put(tmp_path/'r', c, device='one device' if c.seed else 'another device')

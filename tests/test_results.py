@@ -24,7 +24,7 @@ def test_frame(made):
     assert runs.test_accuracy.between(0, 1).all() and runs.caltech_accuracy.isna().all()
 
 def test_absent_and_empty(tmp_path):
-    with pytest.raises(FileNotFoundError, match='gini_study'): load_results(tmp_path/'no')
+    with pytest.raises(FileNotFoundError, match=r'records_path\(\).*gini_study'): load_results(tmp_path/'no')
     (tmp_path/'file').write_text('')
     with pytest.raises(NotADirectoryError): load_results(tmp_path/'file')
     empty = load_results(tmp_path)
@@ -41,9 +41,11 @@ def damage(record, how):
     elif how == 'unknown': record['config']['luck'] = 1
     elif how == 'short': record['epochs']['lr'].pop()
     elif how == 'bool': record['layer']['channels'] = True
+    elif how == 'no source': del record['source']
+    elif how == 'source': record['source'] = 'a1b2c3d'
     return record
 
-@pytest.mark.parametrize('how', ['format', 'missing', 'percent', 'text', 'edited', 'unknown', 'short', 'bool'])
+@pytest.mark.parametrize('how', ['format', 'missing', 'percent', 'text', 'edited', 'unknown', 'short', 'bool', 'no source', 'source'])
 def test_bad_records_are_named(copy, how):
     file = next(copy.rglob('*.json'))
     file.write_text(json.dumps(damage(json.loads(file.read_text()), how)))
@@ -86,4 +88,4 @@ def test_details(made, copy):
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(RecordError, match=file.name): read_predictions(name, copy)
     file.unlink()
-    with pytest.raises(FileNotFoundError, match='predictions'): read_predictions(name, copy)
+    with pytest.raises(FileNotFoundError, match='has no predictions.*put it back'): read_predictions(name, copy)
