@@ -123,7 +123,7 @@ def format_details(
     if 'best_difference' in table: out['best epoch'] = [*map(interval, table.best_difference, table.best_low, table.best_high)]
     out['sd of the differences'], out['p, t test'], out['p, Holm'] = table.sd.map('{:.2f}'.format), table.p_t.map(p), table.p_holm.map(p)
     out['p, sign flips (least possible)'] = [f'{p(a)} ({p(b)})' for a, b in zip(table.p_sign, table.p_sign_minimum)]
-    if 'paper_inside' in table: out["paper's difference in the interval"] = table.paper_inside.map({True: 'yes', False: 'no'})
+    if 'paper_inside' in table: out["paper's difference in the interval"] = table.paper_inside.map({True: 'yes', False: 'no'}).fillna('')
     if 'hardware' in table: out['hardware'] = table.hardware
     return out.reset_index(drop=True)
 

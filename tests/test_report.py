@@ -128,6 +128,7 @@ def test_details_hold_what_the_rule_promises(tmp_path):
     assert row['last epoch'] == f'{judged.difference:+.2f} [{judged.low:+.2f}, {judged.high:+.2f}]' and row['best epoch'] == '+0.00'
     assert row['p, sign flips (least possible)'] == f'{judged.p_sign:.3f} ({judged.p_sign_minimum:.3f})' == '0.062 (0.062)'
     assert row["paper's difference in the interval"] == ('yes' if judged.paper_inside else 'no') == 'no' and row.hardware == 'another device, one device'
+    assert details.loc['gini']["paper's difference in the interval"] == '' # all pairs equal: no interval
     assert float(row['sd of the differences']) == round(judged.sd, 2) and row['p, Holm'] == f'{judged.p_holm:.3f}'
     assert len(format_comparison(table)) == 3 and len(format_details(paper_comparison(load_results(tmp_path/'r'), 1))) == 2
 
