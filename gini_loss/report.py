@@ -180,8 +180,8 @@ def _inside(runs):
     ours, base = (runs[runs.loss == l].set_index('seed')[['layer_gini', 'layer_kl']].astype(float) for l in ('both', 'ce'))
     change = (ours - base).dropna()
     if not len(change): return ''
-    return (f" Inside, over the test images, both terms together changed $L_{{Gini}}$ by {change.layer_gini.mean():+.5f} (it was {base.layer_gini.mean():.3f})"
-            f" and $L_{{KL}}$ by {change.layer_kl.mean():+.4f} nats (it was {base.layer_kl.mean():.4f}).")
+    return (f" Inside, over the test images, both terms together changed $L_{{Gini}}$ by {change.layer_gini.mean():+.2g} (it was {base.layer_gini.mean():.3f})"
+            f" and $L_{{KL}}$ by {change.layer_kl.mean():+.2g} nats (it was {base.layer_kl.mean():.4f}).")
 
 def summary_markdown(
     path: str | Path | None = None, # folder of the records; None: `records_path()`
