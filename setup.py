@@ -1,4 +1,5 @@
 "Packaging for gini_loss. All metadata is read from settings.ini, the one place where it is written."
+import re
 from configparser import ConfigParser
 from pathlib import Path
 from shutil import copytree
@@ -16,19 +17,30 @@ statuses = ["0", "1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - 
 license_id = licenses[cfg["license"]]
 
 
+def readme():
+    "README.md for the package's page, which has no images beside it: links into the repository get its address"
+    raw, source = (f"https://{host}/{cfg['user']}/{cfg['repo']}/{kind}{cfg['branch']}/" for host, kind in (("raw.githubusercontent.com", ""), ("github.com", "blob/")))
+    def absolute(text):
+        text = re.sub(r"(!\[[^\]]*\]\(|<img\b[^>]*?\bsrc=[\"'])(?!\w+:|#|/)", rf"\g<1>{raw}", text)
+        return re.sub(r"((?<!!)\[[^\]]*\]\()(?!\w+:|#|/)", rf"\g<1>{source}", text)
+    parts = re.split(r"(^```.*?^```$)", (here / "README.md").read_text(encoding="utf-8"), flags=re.M | re.S)      # code stays as it is
+    return "".join(part if part.startswith("```") else absolute(part) for part in parts)
+
+
 class with_records(build_py):
-    "The committed records of training runs come with the package; an editable installation reads them in the checkout"
+    "The committed records of training runs and of benchmarks come with the package; an editable installation reads them in the checkout"
     def run(self):
         super().run()
-        if not self.editable_mode and (here / "results").is_dir():
-            copytree(here / "results", Path(self.build_lib) / cfg["lib_path"] / "records", dirs_exist_ok=True)
+        for folder, name in (("results", "records"), ("benchmarks/results", "benchmarks")):
+            if not self.editable_mode and (here / folder).is_dir():
+                copytree(here / folder, Path(self.build_lib) / cfg["lib_path"] / name, dirs_exist_ok=True)
 
 
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description=readme(),
     long_description_content_type="text/markdown",
     url=cfg["git_url"],
     project_urls={"Documentation": cfg["doc_host"] + cfg["doc_baseurl"], "Source": cfg["git_url"],

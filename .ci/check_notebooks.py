@@ -1,6 +1,9 @@
 """What a reader relies on in every notebook: outputs stored and clean, figures and images described, links and anchors alive,
 prose between the code. Links and images are checked in README.md and CONTRIBUTING.md too.
 
+Links that leave the project are not followed, since this runs offline: they must be well formed, and `--external` lists them
+with the files that they are in, for a person or another tool to try.
+
 Run from the repository's root. Prints one line a finding and exits with 1 if there is any.
 """
 import json
@@ -9,6 +12,7 @@ import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from common import cells, cfg, page, site, text
 
@@ -16,11 +20,13 @@ MAX_BYTES, MAX_CODE_RUN = 1_500_000, 4
 MACHINE_PATH = re.compile(r"/(?:work|root|tmp|home|Users|opt)/[\w.~-]+")
 LINK = re.compile(r"(?<!!)\[(?:!\[[^\]]*\]\([^)]*\)|[^\]])*\]\(([^)\s]+)\)")
 IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)\)")
+AUTOLINK = re.compile(r"<((?:https?|mailto):[^>\n]*)>")
+SPACED = re.compile(r"\]\(\s*((?:https?:|mailto:|[\w./-]+\.(?:ipynb|md|html)\b)[^\s)]*[ \t]+(?![\"'])[^)\n]*)\)")
 NO_OUTPUT = re.compile(r"^#\|\s*(?:hide\b|default_exp|exporti?\b|exports\b|include: false)", re.M)
 
 tracked = set(subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True).stdout.split())
 pages = {page(name): Path(name) for name in tracked if re.fullmatch(r"nbs/[^/]+\.ipynb", name)}
-problems = []
+problems, external = [], {}
 
 
 def prose(source): return re.sub(r"`[^`\n]*`", "`code`", re.sub(r"^```.*?^```", "", source, flags=re.M | re.S))
@@ -60,9 +66,31 @@ def in_repository(target, path):
     return (found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found), anchor
 
 
+def malformed(url):
+    "What is wrong with the form of a link that leaves the project, or None"
+    try: parts = urlsplit(url)
+    except ValueError as e: return str(e)
+    if parts.scheme == "mailto": return None if re.fullmatch(r"[^@\s]+@[\w.-]+\.\w+", parts.path) else "not an address"
+    if parts.scheme not in ("http", "https"): return f"{parts.scheme}: is not http, https or mailto"
+    if not re.fullmatch(r"(?:[a-zA-Z0-9](?:[\w-]*[a-zA-Z0-9])?\.)+[a-zA-Z]{2,}(?::\d+)?", parts.netloc): return f"{parts.netloc!r} is not the name of a host"
+    rest = url.split(parts.netloc, 1)[1]
+    if re.search(r"%(?![0-9A-Fa-f]{2})|[\s<>\"{}|\\^`]", rest): return "a character that must be written with %"
+    if re.search(r"https?:/?/?", rest) and "://web.archive.org/" not in url: return "two addresses in one"
+    if rest.count("(") != rest.count(")"): return "brackets that do not close: write them as %28 and %29"
+    return "it ends in punctuation" if re.search(r"[.,;:!?]$", rest) else None
+
+
+def check_external(target, path, say):
+    external.setdefault(target, set()).add(str(path))
+    if wrong := malformed(target): say(f"malformed link {target}: {wrong}")
+
+
 def check_text(source, path, say):
     "Links alive, anchors there, images with words in place of the picture"
     source = prose(source)
+    for target in AUTOLINK.findall(source) + LINK.findall(source) + [url for _, url in IMAGE.findall(source)]:
+        if in_repository(target, path) is None: check_external(target, path, say)
+    for target in SPACED.findall(source): say(f"malformed link {target}: a space in it")
     for target in LINK.findall(source):
         if (where := in_repository(target, path)) is None: continue
         file, anchor = where
@@ -110,10 +138,13 @@ def check(path):
 
 for path in sorted(Path("nbs").glob("*.ipynb")): check(path)
 for path in (Path("README.md"), Path("CONTRIBUTING.md")): check_text(path.read_text(encoding="utf-8"), path, lambda message: problems.append(f"{path}: {message}"))
+for path in map(Path, ("nbs/references.bib", "CITATION.cff", "CHANGELOG.md")):
+    for target in re.findall(r"(?:https?|mailto):[^\s{}<>\"'()]+", path.read_text(encoding="utf-8")): check_external(target, path, lambda message: problems.append(f"{path}: {message}"))
 sidebar = re.findall(r"href: (\S+\.ipynb)", Path("_quarto.yml").read_text(encoding="utf-8"))
 for name in sidebar:
     if f"nbs/{name}" not in tracked: problems.append(f"_quarto.yml: {name} is not there")
 for path in sorted(Path("nbs").glob("*.ipynb")):
     if path.name not in sidebar: problems.append(f"_quarto.yml: {path.name} is not in the sidebar")
+if "--external" in sys.argv: print("\n".join(f"{url}  ({', '.join(sorted(where))})" for url, where in sorted(external.items())))
 print("\n".join(problems) or f"{len(sidebar)} notebooks in order")
 sys.exit(bool(problems))

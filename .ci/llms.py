@@ -12,7 +12,7 @@ TARGET = root / "nbs" / "llms.txt"
 
 def link(item):
     title, subtitle = title_and_subtitle(root / "nbs" / item["href"])
-    if item["href"] == "index.ipynb": subtitle = "the loss in a few lines, what it changes, what has been replicated, how to cite it"     # its subtitle stands above
+    if item["href"] == "index.ipynb": subtitle = "the loss in a few lines, what it changes, how far the replication has come, how to cite it"     # its subtitle stands above
     return f"- [{title}]({site}/{page(item['href'])}): {subtitle}"
 
 

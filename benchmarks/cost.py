@@ -185,7 +185,7 @@ def section_sizes(timer, speed, quick):
 
 def section_step(timer, speed, quick):
     from gini_loss.models import resnet18
-    gpu = timer.device.type == 'cuda'; m = 500 if gpu else 64; rounds = (15 if gpu else 3) if quick else (31 if gpu else 7)
+    gpu = timer.device.type == 'cuda'; m = 500 if gpu else 64; rounds = (15 if gpu else 5) if quick else (31 if gpu else 9)
     torch.manual_seed(0)
     model = resnet18(100).to(timer.device); opt = torch.optim.SGD(model.parameters(), lr=.01, momentum=.9)
     x, y = torch.randn(m, 3, 32, 32, device=timer.device), torch.randint(0, 100, (m,), device=timer.device)
@@ -203,7 +203,7 @@ def section_step(timer, speed, quick):
     times = timer.compare({'step': without, 'step with the terms': with_terms, 'the terms alone': alone}, rounds)
     share, change = ratio(times['the terms alone'], times['step']), ratio(times['step with the terms'], times['step'])
     out = dict(arch='resnet18', m=m, dtype='bfloat16' if gpu else 'float32', maps=list(A.shape), seconds=times, share=share, change=change,
-               peak_bytes={k: peak_bytes(f, timer.device) for k, f in {'step': without, 'step with the terms': with_terms}.items()} if gpu or not quick else None)
+               peak_bytes={k: peak_bytes(f, timer.device) for k, f in {'step': without, 'step with the terms': with_terms}.items()})
     print(f"\nResNet-18 on {m} images of 32×32 ({out['dtype']}): step {1e3*times['step']['median']:.1f} ms, the terms alone {1e3*times['the terms alone']['median']:.2f} ms:"
           f" {100*share['median']:.2f} % ({100*share['low']:.2f} to {100*share['high']:.2f}); step with them {100*change['median']:.1f} % ({100*change['low']:.1f} to {100*change['high']:.1f}) of one without")
     if out['peak_bytes']: print("  peak memory of a step: " + ', '.join(f"{k} {v/2**20:.1f} MiB" for k, v in out['peak_bytes'].items()))
@@ -212,7 +212,8 @@ def section_step(timer, speed, quick):
 
 def section_inference(timer, speed, quick):
     from gini_loss.models import resnet18
-    def network(): torch.manual_seed(0); return resnet18(100, width=16 if quick else 64).to(timer.device)
+    width = 16 if quick else 64
+    def network(): torch.manual_seed(0); return resnet18(100, width=width).to(timer.device)
     tapped, never = network(), network()
     x, y = torch.randn(8, 3, 32, 32, device=timer.device), torch.randint(0, 100, (8,), device=timer.device)
     state = {k: v.clone() for k, v in tapped.state_dict().items()}
@@ -222,7 +223,7 @@ def section_inference(timer, speed, quick):
     with torch.no_grad():
         times = timer.compare({'trained with the loss': lambda: tapped(x), 'never': lambda: never(x)})
         equal = torch.equal(tapped(x), never(x))
-    out = dict(identical_graph=programs[0] == programs[1], identical_output=equal, seconds=times, ratio=ratio(times['trained with the loss'], times['never']))
+    out = dict(width=width, images=len(x), identical_graph=programs[0] == programs[1], identical_output=equal, seconds=times, ratio=ratio(times['trained with the loss'], times['never']))
     print(f"\nInference after training with the loss: the exported graphs are {'identical' if out['identical_graph'] else 'DIFFERENT'}, outputs {'identical' if equal else 'DIFFERENT'},"
           f" time {out['ratio']['median']:.3f}× ({out['ratio']['low']:.3f} to {out['ratio']['high']:.3f})")
     return out
@@ -257,7 +258,7 @@ def section_throughput(timer, speed, quick):
     from gini_loss.data import CIFAR100_MEAN, CIFAR100_STD, device_dls
     from gini_loss.models import resnet18
     device, gpu = timer.device, timer.device.type == 'cuda'
-    n, bs, width, rounds = (20_000, 500, 64, 3) if gpu else (2_000, 100, 8, 3) if not quick else (1_000, 100, 4, 2)
+    n, bs, width, rounds = (20_000, 500, 64, 5) if gpu else (2_000, 100, 8, 5) if not quick else (1_000, 100, 4, 5)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     with tempfile.TemporaryDirectory() as folder:
         files, source = cifar_files(n, folder)

@@ -10,7 +10,8 @@ load meets all of them; the first round (compilation, choice of algorithms) is n
 training and validation together (median, smallest, largest), the ratio to float32 within each round, memory, and the losses after the last
 round with their distance from float32's. Then a profile of some steps of float32: the costliest operations, and how often a step waits for the device.
 """
-import argparse, json, statistics, time, warnings
+import argparse, datetime, json, os, statistics, time, warnings
+from pathlib import Path
 from dataclasses import replace
 
 warnings.filterwarnings('ignore')
@@ -49,7 +50,7 @@ def measure(config, args):
     rows = []
     for name, learn in learners.items():
         base = seconds.get('float32')
-        row = dict(arch=config.arch, variant=name, images=images, seconds=seconds[name], images_per_second=[images/s for s in seconds[name]],
+        row = dict(arch=config.arch, width=config.width, bs=config.bs, variant=name, images=images, seconds=seconds[name], images_per_second=[images/s for s in seconds[name]],
                    ratio=[b/s for b, s in zip(base, seconds[name])] if base else None, peak_memory_bytes=memory.get(name),
                    **{k: learn.epoch_log.columns[k][-1] for k in ('train_loss', 'train_gini', 'train_kl', 'valid_loss', 'valid_accuracy')})
         rows.append(row)
@@ -92,7 +93,7 @@ def main():
     parser.add_argument('--out', help='write everything measured to this JSON file')
     args = parser.parse_args()
     if args.threads: torch.set_num_threads(args.threads)
-    out = dict(**environment(torch.device(args.device)), rows=[], failed={}, profiles={})
+    out = dict(benchmark='epoch', date=datetime.date.today().isoformat(), **environment(torch.device(args.device)), load_before=os.getloadavg()[0] if hasattr(os, 'getloadavg') else None, rows=[], failed={}, profiles={})
     for arch in args.arch:
         changes = dict(start_epoch=0, epochs=1, data=args.data)
         if args.images: changes['train_per_class'] = args.images//(100 if args.data == 'cifar100' else 10)
@@ -116,7 +117,9 @@ def main():
         if args.device.startswith('cuda'): print('waits for the device in a step:', out['profiles'].get(arch, {}).get('waits') or 'none')
         print()
         if args.out:
-            with open(args.out, 'w') as f: json.dump(out, f, indent=1)
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            rounded = json.loads(json.dumps(out), parse_float=lambda v: float(f'{float(v):.6g}'))
+            Path(args.out).write_text(json.dumps(rounded, indent=1) + '\n', encoding='utf-8')
 
 
 if __name__ == '__main__': main()

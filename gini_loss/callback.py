@@ -19,7 +19,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.learner import ValueMetric
 from .losses import GiniKLLoss, _Mixed, _labels
 from .running import RunningGiniKLLoss
-from .tap import FeatureTap, find_channel_dim
+from .tap import FeatureTap, _fitting_dim, find_channel_dim, find_layer
 
 # %% ../nbs/11_callback.ipynb #62340f24
 def _as_list(x): return list(x) if isinstance(x, (list, tuple)) else [x]
@@ -68,15 +68,16 @@ class GiniLossCallback(Callback):
         running: int | None = None, # class averages over about this many batches (`RunningGiniKLLoss`), for batches that hold few classes; None: each batch by itself
     ) -> None:
         self.layers = _as_list(layer)
+        if not self.layers: raise ValueError("layer=[] names no layer: name one or more, or leave it out for the last stage before the classifier")
         weights = [_as_list(w)*len(self.layers) if not isinstance(w, (list, tuple)) else list(w) for w in (lambda_gini, lambda_kl)]
         for name, w in zip(('lambda_gini', 'lambda_kl'), weights):
             if len(w) != len(self.layers): raise ValueError(f"{name} has {len(w)} weights for {len(self.layers)} layers: give one number, or one per layer")
-        if isinstance(start_epoch, bool) or not isinstance(start_epoch, int) or start_epoch < 0:
+        if isinstance(start_epoch, bool) or not hasattr(start_epoch, '__index__') or start_epoch < 0:
             raise ValueError(f"start_epoch must be 0 or a positive integer, got {start_epoch!r}")
         build = GiniKLLoss if running is None else partial(RunningGiniKLLoss, n_batches=running)
         self.losses = [build(g, k, rectify, reverse_kl, n_classes, distributed=distributed) for g, k in zip(*weights)]
-        self.start_epoch, self.n_classes, self.channel_dim, self.ignore_index, self.select = start_epoch, n_classes, channel_dim, ignore_index, select
-        self.layer_names, self.dead_channels, self._taps, self._columns, self._told = [], [], [], [], set()
+        self.start_epoch, self.n_classes, self.channel_dim, self.ignore_index, self.select = int(start_epoch), n_classes, channel_dim, ignore_index, select
+        self.layer_names, self.dead_channels, self._taps, self._columns, self._told, self._looked_at = [], [], [], [], set(), set()
 
     # --- around the loop: what fit puts in place is taken away however it ends
     def before_fit(self):
@@ -85,6 +86,10 @@ class GiniLossCallback(Callback):
         self._restore()
         self._taps = [FeatureTap(self.learn.model, layer, self.select) for layer in self.layers]
         self.layer_names = [tap.name for tap in self._taps]
+        others = [cb for cb in self.learn.cbs if isinstance(cb, GiniLossCallback) and cb is not self]
+        names = self.layer_names + [find_layer(self.learn.model, layer)[0] for cb in others for layer in cb.layers]
+        if twice := [name for name in self.layer_names if names.count(name) > 1]:
+            raise ValueError(f"layer {twice[0]!r} is named twice: its terms would count double. Name it once, with the weight you want")
         n = self.n_classes if self.n_classes is not None else getattr(self.learn.dls, 'c', None)
         for loss in self.losses:
             loss.n_classes = int(n) if isinstance(n, int) and n > 0 else None
@@ -94,9 +99,9 @@ class GiniLossCallback(Callback):
         if self.start_epoch >= self.learn.n_epoch and not hasattr(self.learn, 'lr_finder') and any(l.lambda_gini or l.lambda_kl for l in self.losses):
             warnings.warn(f"GiniLossCallback starts in epoch {self.start_epoch}, but this fit ends with epoch {self.learn.n_epoch-1}: the terms will"
                           " be shown and not trained on. Lower start_epoch, or train longer")
-        suffixes = [''] if len(self._taps) == 1 else [f'_{name}' for name in self.layer_names]
+        suffixes = [''] if len(names) == 1 else [f'_{name}' for name in self.layer_names]
         self._reset()
-        self._told = set()
+        self._told, self._looked_at = set(), set()
         self._columns = [ValueMetric(partial(self._mean, i, t), f'train_{term}{s}') for i, s in enumerate(suffixes) for t, term in enumerate(('gini', 'kl'))]
         self.learn.metrics = self.learn.metrics + self._columns
         self.learn._with_events = partial(self._guarded, self.learn._with_events)
@@ -138,9 +143,14 @@ class GiniLossCallback(Callback):
         for i, (tap, loss) in enumerate(zip(self._taps, self.losses)):
             on = self.learn.epoch >= self.start_epoch and bool(loss.lambda_gini or loss.lambda_kl)
             with torch.set_grad_enabled(on):
-                A = tap.pop() if on else tap.activations.detach()
+                try: A = tap.pop() if on else tap.activations.detach()
+                except RuntimeError as e:
+                    if self.layers[i] is None and 'did not run' in str(e): raise RuntimeError(f"{e} It was chosen as the last stage before the classifier: name another one, layer='...'") from None
+                    raise
                 if y is None: y = _mixed_targets(self.learn.yb[0], self.learn)
                 if loss.channel_dim is None: loss.channel_dim = find_channel_dim(self.learn.model, A, tap.module)
+                elif self.channel_dim is not None and tap.name not in self._looked_at: self._check_channel_dim(A, tap)
+                self._looked_at.add(tap.name)
                 loss._check_finite = not A.is_cuda # after_train checks there: it names the layer, and leaves the device in working order
                 try: gini, kl, live = loss.terms_and_live(A, y)
                 except (ValueError, TypeError) as e: raise type(e)(f"layer {tap.name!r}: {e}") from e
@@ -149,6 +159,13 @@ class GiniLossCallback(Callback):
         if isinstance(total, torch.Tensor):
             self.learn.loss_grad = self.learn.loss_grad + total
             self.learn.loss = self.learn.loss + total.detach()
+
+    def _check_channel_dim(self, A, tap):
+        "Warn if the layers around the tap say that another dimension holds the channels"
+        found = _fitting_dim(self.learn.model, A, tap.module) if A.ndim > 2 and -A.ndim <= self.channel_dim < A.ndim else None
+        if found is not None and found % A.ndim != self.channel_dim % A.ndim:
+            self._tell(tap.name, 'channel_dim', f"channel_dim={self.channel_dim} was given, but of its output of shape {tuple(A.shape)} the layers around it take"
+                       f" dimension {found} for the channels. Leave channel_dim out if you are not sure")
 
     def after_batch(self):
         for tap in self._taps: tap.clear()

@@ -10,9 +10,11 @@ __all__ = ['ImageSet', 'CIFAR100', 'CALTECH12', 'CIFAR100_MEAN', 'CIFAR100_STD',
 # %% ../nbs/20_data.ipynb #5dffa2c1
 import os, tempfile, warnings
 from collections import namedtuple
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +76,7 @@ CIFAR100.__doc__ = "`train` and `test` (each an `ImageSet`), 100 class names, 20
 def _subfolders(path): return sorted((o for o in path.iterdir() if o.is_dir() and not o.name.startswith('.')), key=lambda o: o.name)
 
 def load_cifar100(
-    root=None # Folder that holds train/<superclass>/<class>/*.png and test/...; None: fastai's data folder, downloaded when absent
+    root: str | Path | None = None # Folder that holds train/<superclass>/<class>/*.png and test/...; None: fastai's data folder, downloaded when absent
 ) -> CIFAR100:
     "CIFAR-100 in memory, images ordered by class and file name. FileNotFoundError without the folders, ValueError for images that are not 32×32."
     path = untar_data(URLs.CIFAR_100) if root is None else Path(root)
@@ -107,9 +109,9 @@ def load_cifar100(
 
 # %% ../nbs/20_data.ipynb #6580c2f5
 def find_duplicates(
-    images, # (N, ...) uint8, or an `ImageSet`
-    others=None # (M, ...) uint8, or an `ImageSet`; None: look for copies within `images`
-):
+    images: torch.Tensor | ImageSet, # (N, ...) uint8, or an `ImageSet`
+    others: torch.Tensor | ImageSet | None = None # (M, ...) uint8, or an `ImageSet`; None: look for copies within `images`
+) -> torch.Tensor:
     "Pairs of indices (k, 2), int64, of images with the same pixels: (first, later) within one set, (i of `images`, j of `others`) across two."
     def keys(o):
         o = torch.as_tensor(o.images if hasattr(o, 'images') else o)
@@ -145,11 +147,11 @@ def _check_labels(labels):
     return labels.long()
 
 def split_train_valid(
-    labels, # (N,) integers
-    per_class=40, # Validation images drawn from each class
-    seed=0, # The draw depends on it, on the class and on the place within the class alone
-    images=None # (N, ...) the images; if given, an image that occurs more than once stays in training
-):
+    labels: Sequence[int] | torch.Tensor, # (N,) integers
+    per_class: int = 40, # Validation images drawn from each class
+    seed: int = 0, # The draw depends on it, on the class and on the place within the class alone
+    images: torch.Tensor | None = None # (N, ...) the images; if given, an image that occurs more than once stays in training
+) -> tuple[torch.Tensor, torch.Tensor]:
     "Sorted int64 indices of the training and of the validation images. ValueError if a class is too small."
     labels, seed = _check_labels(labels).cpu(), _check_seed(seed)
     if per_class < 1: raise ValueError(f"per_class must be at least 1, got {per_class}.")
@@ -173,9 +175,9 @@ CALTECH12 = dict(beaver=(4, 46), butterfly=(14, 91), chair=(20, 62), crab=(26, 7
                  dolphin=(30, 65), elephant=(31, 64), kangaroo=(38, 86), lamp=(40, 61), lobster=(45, 41), sunflower=(82, 85))
 
 def load_caltech12(
-    root=None, # Folder that holds caltech101/, as torchvision lays it out; None: fastai's data folder
-    size=32, # Height and width of the images returned, in pixels
-    download=False # Let torchvision download Caltech 101 if it is absent
+    root: str | Path | None = None, # Folder that holds caltech101/, as torchvision lays it out; None: fastai's data folder
+    size: int = 32, # Height and width of the images returned, in pixels
+    download: bool = False # Let torchvision download Caltech 101 if it is absent
 ) -> ImageSet:
     "The 781 images (781, 3, size, size) of the categories shared with CIFAR-100, labelled as there. FileNotFoundError if absent, ValueError for another count."
     from torchvision.datasets import Caltech101
@@ -202,12 +204,12 @@ def load_caltech12(
 
 # %% ../nbs/20_data.ipynb #15b157a7
 def crop_flip(
-    images, # (m, channels, height, width)
-    top, # (m,) int64, first row of each crop, 0..2·padding
-    left, # (m,) int64, first column of each crop, 0..2·padding
-    flip, # (m,) bool, which crops to mirror left to right
-    padding=4 # Black pixels around the image before the crop
-):
+    images: torch.Tensor, # (m, channels, height, width)
+    top: torch.Tensor, # (m,) int64, first row of each crop, 0..2·padding
+    left: torch.Tensor, # (m,) int64, first column of each crop, 0..2·padding
+    flip: torch.Tensor, # (m,) bool, which crops to mirror left to right
+    padding: int = 4 # Black pixels around the image before the crop
+) -> torch.Tensor:
     "Each image's own crop of its padded self, and its own flip, in one gather: same shape and dtype as `images`."
     m, c, h, w = images.shape
     padded = images.new_zeros(m, c, h + 2*padding, w + 2*padding)
@@ -219,9 +221,9 @@ def crop_flip(
     return padded.flatten(2).gather(2, pixel.view(m, 1, h*w).expand(m, c, h*w)).view(m, c, h, w)
 
 def rotate(
-    images, # (m, channels, height, width), floating point
-    degrees # (m,) angle of each image, counterclockwise
-):
+    images: torch.Tensor, # (m, channels, height, width), floating point
+    degrees: torch.Tensor # (m,) angle of each image, counterclockwise
+) -> torch.Tensor:
     "Each image turned about its centre by its own angle, bilinear, black outside: same shape."
     m, _, h, w = images.shape
     radians = torch.deg2rad(degrees.to(images.dtype))
@@ -235,10 +237,10 @@ class ImageDataset:
     "Images (N, channels, height, width) uint8 and labels (N,) int64 in memory, with what fastai's `Learner` asks of a data set."
     n_inp, loss_func = 1, CrossEntropyLossFlat()
     def __init__(self,
-        images, # (N, channels, height, width) uint8
-        labels=None, # (N,) integers below the number of classes; None: images without labels
-        vocab=None # Class names; None: the numbers from 0 to the largest label
-    ):
+        images: torch.Tensor, # (N, channels, height, width) uint8
+        labels: torch.Tensor | None = None, # (N,) integers below the number of classes; None: images without labels
+        vocab: Sequence[str] | None = None # Class names; None: the numbers from 0 to the largest label
+    ) -> None:
         images = torch.as_tensor(images)
         if images.dtype != torch.uint8: raise TypeError(f"images must be uint8 (0..255), got {images.dtype}.")
         if images.ndim != 4: raise ValueError(f"images must have the shape (N, channels, height, width), got {tuple(images.shape)}.")
@@ -252,11 +254,11 @@ class ImageDataset:
         self.images, self.labels, self.vocab = images, labels, CategoryMap(vocab or [], sort=False)
 
     @property
-    def c(self): return len(self.vocab)
+    def c(self) -> int: return len(self.vocab)
     def __len__(self): return len(self.images)
     def __getitem__(self, i): return (self.images[i],) if self.labels is None else (self.images[i], self.labels[i])
-    def new_empty(self): return type(self)(self.images[:0].clone(), None if self.labels is None else self.labels[:0].clone(), self.vocab)
-    def to(self, device):
+    def new_empty(self) -> 'ImageDataset': return type(self)(self.images[:0].clone(), None if self.labels is None else self.labels[:0].clone(), self.vocab)
+    def to(self, device: str | torch.device) -> 'ImageDataset':
         "This data set if it is on the device already, else a copy there: another loader may hold this one."
         images = self.images.to(device)
         return self if images is self.images else type(self)(images, None if self.labels is None else self.labels.to(device), self.vocab)
@@ -267,26 +269,26 @@ CIFAR100_MEAN, CIFAR100_STD = (.5071, .4865, .4409), (.2673, .2564, .2762)
 class DeviceLoader(DataLoader):
     "A fastai `DataLoader` whose whole set lies on the device: batches are cut, augmented and normalised there, with no step on the host per image."
     def __init__(self,
-        dataset, # `ImageDataset`, or a pair (images uint8 (N, channels, height, width), labels (N,))
-        bs=500, # Images in a batch
-        shuffle=False, # A new order each epoch
-        drop_last=False, # Leave out a last batch smaller than `bs`
-        seed=0, # Of order and augmentation, together with the number of the epoch
-        augment=False, # Crop, flip and rotate as set by the next three
-        padding=4, # Black pixels around an image, in which its crop is drawn; 0: no crop
-        flip=0.5, # Probability of a horizontal flip
-        rotation=0., # Angles are drawn from ±`rotation` degrees
-        normalize=True, # Subtract `mean`, divide by `std`; False: values in [0, 1]
-        mean=CIFAR100_MEAN, # One value per channel, in [0, 1]
-        std=CIFAR100_STD, # One value per channel, in [0, 1]
-        dtype=torch.float32, # Floating-point type of the batches
-        channels_last=False, # Memory format of the batches
-        device=None, # None: where the images are
-        vocab=None, # Class names, for a pair
-        get_idxs=None # Function that returns a fixed order of indices, in place of `shuffle`
-    ):
+        dataset: 'ImageDataset | ImageSet | tuple', # `ImageDataset`, or a pair (images uint8 (N, channels, height, width), labels (N,))
+        bs: int = 500, # Images in a batch
+        shuffle: bool = False, # A new order each epoch
+        drop_last: bool = False, # Leave out a last batch smaller than `bs`
+        seed: int = 0, # Of order and augmentation, together with the number of the epoch
+        augment: bool = False, # Crop, flip and rotate as set by the next three
+        padding: int = 4, # Black pixels around an image, in which its crop is drawn; 0: no crop
+        flip: float = 0.5, # Probability of a horizontal flip
+        rotation: float = 0., # Angles are drawn from ±`rotation` degrees
+        normalize: bool = True, # Subtract `mean`, divide by `std`; False: values in [0, 1]
+        mean: Sequence[float] = CIFAR100_MEAN, # One value per channel, in [0, 1]
+        std: Sequence[float] = CIFAR100_STD, # One value per channel, in [0, 1]
+        dtype: torch.dtype = torch.float32, # Floating-point type of the batches
+        channels_last: bool = False, # Memory format of the batches
+        device: str | torch.device | None = None, # None: where the images are
+        vocab: Sequence[str] | None = None, # Class names, for a pair
+        get_idxs: Callable[[], Sequence[int]] | None = None # Function that returns a fixed order of indices, in place of `shuffle`
+    ) -> None:
         # fastai's __init__ starts workers and draws from Python's global generator: neither is wanted here
-        self.dataset = dataset if isinstance(dataset, ImageDataset) else ImageDataset(*dataset[:2], vocab=vocab)
+        self.dataset = dataset if isinstance(dataset, ImageDataset) else ImageDataset(dataset[0], dataset[1], vocab)
         if isinstance(bs, bool) or not isinstance(bs, int) or bs < 1: raise ValueError(f"bs must be an int of at least 1, got {bs!r}.")
         if not isinstance(padding, int) or padding < 0: raise ValueError(f"padding must be an int of at least 0 pixels, got {padding!r}.")
         if not 0 <= flip <= 1: raise ValueError(f"flip is a probability, between 0 and 1, got {flip!r}.")
@@ -306,10 +308,10 @@ class DeviceLoader(DataLoader):
 
     # -- where the data are
     @property
-    def device(self): return self._device
+    def device(self) -> torch.device: return self._device
     @device.setter
-    def device(self, device): self.to(device)
-    def to(self, device):
+    def device(self, device: str | torch.device) -> None: self.to(device)
+    def to(self, device: str | torch.device) -> 'DeviceLoader':
         "Move the images and labels."
         self.dataset = self.dataset.to(device)
         self._device = self.dataset.images.device
@@ -360,26 +362,26 @@ class DeviceLoader(DataLoader):
             self.epoch, self.next_batch = epoch, i + 1
             yield batch
 
-    def one_batch(self):
+    def one_batch(self) -> tuple:
         "The first batch of the next iteration. Looking at it changes nothing."
         if not len(self): raise ValueError("This loader holds no batch.")
         return next(self._batches(*self._upcoming()))[1]
 
-    def get_idxs(self): return self._order(self._upcoming()[0]).tolist()
+    def get_idxs(self) -> list[int]: return self._order(self._upcoming()[0]).tolist()
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int) -> None:
         "Let the next iteration be this epoch, from its first batch."
         if epoch < 0: raise ValueError(f"epoch must not be negative, got {epoch}.")
         self.epoch, self.next_batch, self._resume = int(epoch), 0, False
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         "Where the loader stands: after batch i of an epoch, a loader that loads it continues with batch i + 1."
         epoch, batch = (self.epoch + 1, 0) if self.next_batch >= len(self) else (self.epoch, self.next_batch)
         return dict(epoch=epoch, batch=batch, **self._fingerprint())
 
     def _fingerprint(self): return {k: getattr(self, k) for k in ('seed', 'n', 'bs', 'shuffle', 'drop_last', 'augment', 'padding', 'flip', 'rotation')}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         "Continue where the loader that gave `state` stood. ValueError if the two loaders would give different batches."
         missing = {'epoch', 'batch', *self._fingerprint()} - set(state)
         if missing: raise ValueError(f"Not the state of a DeviceLoader: {sorted(missing)} missing.")
@@ -389,11 +391,11 @@ class DeviceLoader(DataLoader):
 
     # -- what fastai asks for
     def new(self,
-        dataset=None, # Another data set; also a list of images (arrays, PIL) of the same size, without labels
-        cls=None, # Class of the new loader
-        num_workers=None, # Ignored: no workers
-        **kwargs # Arguments of `DeviceLoader` to change
-    ):
+        dataset: 'ImageDataset | Sequence | None' = None, # Another data set; also a list of images (arrays, PIL) of the same size, without labels
+        cls: type | None = None, # Class of the new loader
+        num_workers: int | None = None, # Ignored: no workers
+        **kwargs: Any # Arguments of `DeviceLoader` to change
+    ) -> 'DeviceLoader':
         "A loader with the same settings, from its first epoch; the images are shared, not copied."
         if dataset is None: dataset = self.dataset
         elif not isinstance(dataset, ImageDataset):
@@ -404,17 +406,17 @@ class DeviceLoader(DataLoader):
         if self.fixed_order is not None and dataset is self.dataset: settings['get_idxs'] = self.fixed_order.tolist
         return (cls or type(self))(dataset, **{**settings, **kwargs})
 
-    def decode(self, b):
+    def decode(self, b: tuple) -> tuple:
         "The images of a batch as uint8 on the CPU, with the rest of the batch."
         x = (b[0].float()/self._scale.to(b[0].device) + self._shift.to(b[0].device)).round().clamp(0, 255).byte()
         return (x.cpu(), *(o.cpu() for o in b[1:]))
 
-    def decode_batch(self, b, max_n=9, full=True):
+    def decode_batch(self, b: tuple, max_n: int = 9, full: bool = True) -> list[tuple]:
         "A list of (image, class name) for the first `max_n` images of a batch."
         x, *y = self.decode(b)
         return [(x[i], *(self.vocab[int(o[i])] for o in y)) for i in range(min(max_n, len(x)))]
 
-    def show_batch(self, b=None, max_n=9, ctxs=None, show=True, unique=False, **kwargs):
+    def show_batch(self, b: tuple | None = None, max_n: int = 9, ctxs: Sequence | None = None, show: bool = True, unique: bool = False, **kwargs: Any) -> list[tuple] | None:
         "Show images of a batch with their class; with `unique`, the first image under as many augmentations."
         if b is None:
             if unique:
@@ -426,27 +428,29 @@ class DeviceLoader(DataLoader):
         if not show: return items
         ctxs = get_grid(len(items), **kwargs) if ctxs is None else ctxs
         for (image, *names), ctx in zip(items, ctxs): show_image(image, ctx=ctx, title=names[0] if names else None)
+        return None
 
-    def show_results(self, b, out, max_n=9, ctxs=None, show=True, **kwargs):
+    def show_results(self, b: tuple, out: torch.Tensor, max_n: int = 9, ctxs: Sequence | None = None, show: bool = True, **kwargs: Any) -> tuple | None:
         "Show images of a batch with their class above the class predicted."
         items, predicted = self.decode_batch(b, max_n), [self.vocab[int(o)] for o in out[:max_n]]
         if not show: return items, predicted
         ctxs = get_grid(len(items), **kwargs) if ctxs is None else ctxs
         for (image, *names), p, ctx in zip(items, predicted, ctxs): show_image(image, ctx=ctx, title="\n".join([*names, p]))
+        return None
 
 # %% ../nbs/20_data.ipynb #5599e34a
 def device_dls(
-    train, # `ImageSet` or pair (images, labels) to train on: shuffled and augmented
-    *others, # The same for validation, and for any further loader
-    classes=None, # Class names; None: numbers
-    bs=500, # Images in a training batch
-    val_bs=None, # Images in any other batch; None: as `bs`
-    seed=0, # Of order and augmentation
-    device=None, # None: fastai's default device
-    drop_last=True, # Leave out a last training batch that is not full
-    augment=True, # Augment the training images
-    **kwargs # Further arguments of each `DeviceLoader`
-):
+    train: ImageSet | tuple, # `ImageSet` or pair (images, labels) to train on: shuffled and augmented
+    *others: ImageSet | tuple, # The same for validation, and for any further loader
+    classes: Sequence[str] | None = None, # Class names; None: numbers
+    bs: int = 500, # Images in a training batch
+    val_bs: int | None = None, # Images in any other batch; None: as `bs`
+    seed: int = 0, # Of order and augmentation
+    device: str | torch.device | None = None, # None: fastai's default device
+    drop_last: bool = True, # Leave out a last training batch that is not full
+    augment: bool = True, # Augment the training images
+    **kwargs: Any # Further arguments of each `DeviceLoader`
+) -> DataLoaders:
     "fastai `DataLoaders` of `DeviceLoader`s: the first to train, the second to validate."
     device = default_device() if device is None else torch.device(device)
     if classes is None: classes = [str(i) for i in range(max(int(torch.as_tensor(o[1]).max()) for o in (train, *others)) + 1)]
@@ -455,14 +459,14 @@ def device_dls(
     return DataLoaders(*loaders, device=device)
 
 def cifar100_dls(
-    root=None, # As in `load_cifar100`
-    bs=500, # Images in a batch
-    seed=0, # Of the split, the order and the augmentation
-    device=None, # None: fastai's default device
-    split_seed=None, # Of the split alone; None: `seed`
-    per_class=40, # Validation images of each class
-    **kwargs # Further arguments of `device_dls`
-):
+    root: str | Path | None = None, # As in `load_cifar100`
+    bs: int = 500, # Images in a batch
+    seed: int = 0, # Of the split, the order and the augmentation
+    device: str | torch.device | None = None, # None: fastai's default device
+    split_seed: int | None = None, # Of the split alone; None: `seed`
+    per_class: int = 40, # Validation images of each class
+    **kwargs: Any # Further arguments of `device_dls`
+) -> DataLoaders:
     "fastai `DataLoaders` of CIFAR-100: training images, augmented, and validation images, of which none is a copy; `.test` is the loader of the test set."
     data = load_cifar100(root)
     images, labels = data.train
@@ -476,10 +480,10 @@ FolderSet = namedtuple('FolderSet', 'images labels classes')
 FolderSet.__doc__ = "Images, uint8 (N, 3, size, size), their labels, int64 (N,), and the class names"
 
 def load_folder(
-    path, # Folder with one subfolder of images per class
-    size=32, # Height and width of the images returned, in pixels
-    max_per_class=None, # Keep at most this many images of a class, drawn by `seed`; None: all
-    seed=0 # Of the draw
+    path: str | Path, # Folder with one subfolder of images per class
+    size: int = 32, # Height and width of the images returned, in pixels
+    max_per_class: int | None = None, # Keep at most this many images of a class, drawn by `seed`; None: all
+    seed: int = 0 # Of the draw
 ) -> FolderSet:
     "Images in class folders, ordered by class and file name. FileNotFoundError, NotADirectoryError, or ValueError for too few classes, an empty one, or unreadable images."
     path, seed = Path(path), _check_seed(seed)
@@ -501,11 +505,11 @@ def load_folder(
     return FolderSet(torch.from_numpy(_read_images(files, size)), torch.tensor(labels), [o.name for o in folders])
 
 def select_classes(
-    images, # (N, ...) tensor
-    labels, # (N,) integers
-    classes, # Labels to keep; the first becomes 0, the second 1, and so on
-    per_class=None, # Images to keep of each, drawn by `seed`; None: all
-    seed=0 # Of the draw
+    images: torch.Tensor, # (N, ...) tensor
+    labels: Sequence[int] | torch.Tensor, # (N,) integers
+    classes: Sequence[int], # Labels to keep; the first becomes 0, the second 1, and so on
+    per_class: int | None = None, # Images to keep of each, drawn by `seed`; None: all
+    seed: int = 0 # Of the draw
 ) -> ImageSet:
     "A smaller problem: the images of some classes, relabelled 0..k-1, in their old order. ValueError for a class that is absent, repeated or too small."
     labels, classes, seed = _check_labels(labels).cpu(), [int(o) for o in classes], _check_seed(seed)

@@ -8,11 +8,15 @@ __all__ = ['DEFAULTS', 'QUICK', 'DemoData', 'demo_data', 'inspect_layer', 'class
 
 # %% ../nbs/12_demo.ipynb #c5f3c13b
 import argparse, difflib, math, os, shlex, shutil, sys, tempfile, textwrap, time, warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from .losses import Diagnostics, GiniKLLoss, diagnostics, pool
 from .tap import FeatureTap, find_channel_dim
+if TYPE_CHECKING:
+    import matplotlib.figure
+    from fastai.data.core import DataLoaders
 
 # %% ../nbs/12_demo.ipynb #a3e04dcc
 class DemoData(NamedTuple):
@@ -62,11 +66,11 @@ def _pick(names, classes):
 
 # %% ../nbs/12_demo.ipynb #30877a7d
 def demo_data(
-    data='digits', # 'digits', 'cifar100', or the path of a folder with one subfolder of images per class
-    classes=None, # how many classes (the first ones), or a list of names; None: all digits, 10 of CIFAR-100, at most 10 of a folder
-    per_class=None, # at most this many training images of each class; None: all digits, 500 otherwise
-    size=None, # height and width of the images of a folder, in pixels; None: 32
-    seed=0, # of the split and of the choice of images
+    data: str | Path = 'digits', # 'digits', 'cifar100', or the path of a folder with one subfolder of images per class
+    classes: int | Sequence[str] | None = None, # how many classes (the first ones), or a list of names; None: all digits, 10 of CIFAR-100, at most 10 of a folder
+    per_class: int | None = None, # at most this many training images of each class; None: all digits, 500 otherwise
+    size: int | None = None, # height and width of the images of a folder, in pixels; None: 32
+    seed: int = 0, # of the split and of the choice of images
 ) -> DemoData:
     "Images to train and to test on; FileNotFoundError or ValueError for data that are not there or not enough"
     from gini_loss.data import load_cifar100, load_folder, select_classes
@@ -126,12 +130,12 @@ def _settings(data, quick=False, **given):
 # %% ../nbs/12_demo.ipynb #fe126124
 @torch.no_grad()
 def inspect_layer(
-    model, # network that maps images to logits
-    loader, # batches (images, labels)
-    layer=None, # dotted name of the layer; None: the last stage
-    n_classes=None, # number of classes
-    reverse_kl=False, # direction of the divergence, as in `kl_loss`
-):
+    model: torch.nn.Module, # network that maps images to logits
+    loader: Iterable, # batches (images, labels)
+    layer: str | None = None, # dotted name of the layer; None: the last stage
+    n_classes: int | None = None, # number of classes
+    reverse_kl: bool = False, # direction of the divergence, as in `kl_loss`
+) -> tuple[Diagnostics, torch.Tensor]:
     "`Diagnostics` of a layer over all images of `loader`, and which of these the model classifies rightly, bool (N,)"
     training = model.training
     model.eval()
@@ -147,7 +151,7 @@ def inspect_layer(
 
 # %% ../nbs/12_demo.ipynb #0586878c
 def classes_per_channel(
-    d, # `Diagnostics` of a layer
+    d: Diagnostics, # `Diagnostics` of a layer
 ) -> float: # 1 to n; NaN if no channel is alive
     "For how many classes the median channel fires: 1/(1 - impurity), dead channels left out"
     return (1 / (1 - d.impurity[~d.dead])).median().item() if not d.dead.all() else math.nan
@@ -163,8 +167,8 @@ class Comparison(NamedTuple):
     p_value: float # McNemar's exact test, two-sided
 
 def compare_paired(
-    first, # bool (N,): images that the first network has right
-    second, # bool (N,): the same for the second
+    first: torch.Tensor, # bool (N,): images that the first network has right
+    second: torch.Tensor, # bool (N,): the same for the second
 ) -> Comparison:
     "How far two accuracies on the same images differ, with the uncertainty that comes from the number of images"
     from scipy.stats import binomtest
@@ -196,25 +200,25 @@ def _objectives(lambda_gini, lambda_kl):
 class Demo:
     "A comparison of cross-entropy with cross-entropy + Gini + KL, checked and ready to `run`"
     def __init__(self,
-        data='digits', # 'digits', 'cifar100', or the path of a folder with one subfolder of images per class
-        classes=None, # how many classes, or a list of names; see `demo_data`
-        per_class=None, # at most this many training images of each class; see `demo_data`
-        size=None, # height and width of the images of a folder, in pixels; None: 32
-        epochs=None, # epochs of each training; None: `DEFAULTS`, as for all below that are None
-        start_epoch=None, # first epoch with the two terms, counted from 0
-        lambda_gini=0.5, # λ1, the weight of the Gini term
-        lambda_kl=0.5, # λ2, the weight of the Kullback-Leibler term
-        reverse_kl=False, # False: KL(H^S, H^Y) as printed in Eq. 5; True: KL(H^Y, H^S) as in the authors' code
-        batch_size=None, # images in a training batch
-        lr=None, # highest learning rate of the one-cycle schedule
-        seed=0, # of the split, the initial weights, the order and the crops
-        seeds=1, # how many pairs to train, with seeds `seed`, `seed + 1`, ... and one split
-        layer=None, # dotted name of the layer for the terms; None: the last stage
-        width=None, # channels of the network's first stage; the last has eight times as many
-        device=None, # 'cpu', 'cuda' ...; None: fastai's default
-        threads=1, # processor threads; more help wide networks, and cost time where other programs keep the cores busy
-        quick=False, # two epochs of a few steps, to see whether all works
-    ):
+        data: str | Path = 'digits', # 'digits', 'cifar100', or the path of a folder with one subfolder of images per class
+        classes: int | Sequence[str] | None = None, # how many classes, or a list of names; see `demo_data`
+        per_class: int | None = None, # at most this many training images of each class; see `demo_data`
+        size: int | None = None, # height and width of the images of a folder, in pixels; None: 32
+        epochs: int | None = None, # epochs of each training; None: `DEFAULTS`, as for all below that are None
+        start_epoch: int | None = None, # first epoch with the two terms, counted from 0
+        lambda_gini: float = 0.5, # λ1, the weight of the Gini term
+        lambda_kl: float = 0.5, # λ2, the weight of the Kullback-Leibler term
+        reverse_kl: bool = False, # False: KL(H^S, H^Y) as printed in Eq. 5; True: KL(H^Y, H^S) as in the authors' code
+        batch_size: int | None = None, # images in a training batch
+        lr: float | None = None, # highest learning rate of the one-cycle schedule
+        seed: int = 0, # of the split, the initial weights, the order and the crops
+        seeds: int = 1, # how many pairs to train, with seeds `seed`, `seed + 1`, ... and one split
+        layer: str | None = None, # dotted name of the layer for the terms; None: the last stage
+        width: int | None = None, # channels of the network's first stage; the last has eight times as many
+        device: str | torch.device | None = None, # 'cpu', 'cuda' ...; None: fastai's default
+        threads: int = 1, # processor threads; more help wide networks, and cost time where other programs keep the cores busy
+        quick: bool = False, # two epochs of a few steps, to see whether all works
+    ) -> None:
         from fastai.torch_core import default_device
         device = str(default_device()) if device is None else str(device)
         s = self.settings = _settings(data, quick, per_class=per_class, size=size, epochs=epochs, start_epoch=start_epoch, lambda_gini=lambda_gini,
@@ -231,14 +235,14 @@ class Demo:
         self.steps = s['epochs'] * (n // s['batch_size']) * 2 * seeds
         self._try_layer()
 
-    def loaders(self, seed):
+    def loaders(self, seed: int) -> 'DataLoaders':
         "fastai `DataLoaders` whose order and crops depend on `seed` alone"
         from gini_loss.data import device_dls
         digits, size = self.settings['data'] == 'digits', self.data.train[0].shape[-1]
         return device_dls(self.data.train, self.data.test, classes=self.data.classes, bs=self.settings['batch_size'], val_bs=500, seed=seed,
             device=self.settings['device'], mean=self.mean, std=self.std, padding=max(1, size//8), flip=0. if digits else .5) # a mirrored 3 is no digit
 
-    def model(self, seed):
+    def model(self, seed: int) -> torch.nn.Module:
         "A small residual network whose weights depend on `seed` alone"
         from gini_loss.models import resnet18
         with torch.random.fork_rng(devices=[]):
@@ -277,8 +281,8 @@ class Demo:
         return learn.model, dls, learn.recorder.values, time.perf_counter() - start
 
     def run(self,
-        progress=None, # called after each step with (steps done, steps in all, name of the loss, seed)
-        report=None, # called after each training with the row of the summary
+        progress: Callable[[int, int, str, int], None] | None = None, # called after each step with (steps done, steps in all, name of the loss, seed)
+        report: Callable[[dict], None] | None = None, # called after each training with the row of the summary
     ) -> DemoResult:
         "Train each pair and measure; ValueError if a training diverges"
         import pandas as pd
@@ -309,8 +313,8 @@ class Demo:
 
 # %% ../nbs/12_demo.ipynb #b2bb7087
 def run_demo(
-    progress=None, # called after each step with (steps done, steps in all, name of the loss, seed)
-    **settings, # arguments of `Demo`
+    progress: Callable[[int, int, str, int], None] | None = None, # called after each step with (steps done, steps in all, name of the loss, seed)
+    **settings: Any, # arguments of `Demo`
 ) -> DemoResult:
     "Check, train and measure in one call: `Demo(**settings).run()`"
     return Demo(**settings).run(progress)
@@ -348,7 +352,7 @@ def _fixed(table):
 
 # %% ../nbs/12_demo.ipynb #ad58bdff
 def demo_report(
-    result, # `DemoResult` of `run_demo`
+    result: DemoResult, # `DemoResult` of `run_demo`
 ) -> str: # plain ASCII text
     "The table of results, and in words what they show"
     rows = [['on the test images', 'accuracy', 'L_Gini', 'L_KL', 'dead channels', 'seconds']]
@@ -374,8 +378,8 @@ def _by_preference(d):
 
 # %% ../nbs/12_demo.ipynb #60e1ad62
 def plot_demo(
-    result, # `DemoResult` of `run_demo`
-):
+    result: DemoResult, # `DemoResult` of `run_demo`
+) -> 'matplotlib.figure.Figure':
     "Figure: class probabilities of each channel and channels per class, cross-entropy above, with the terms below"
     import matplotlib
     from matplotlib.figure import Figure # without pyplot: needs no display and leaves nothing open
@@ -440,10 +444,10 @@ def _new_folder(path):
 
 # %% ../nbs/12_demo.ipynb #18676fab
 def save_demo(
-    result, # `DemoResult` of `run_demo`
-    folder, # existing folder
-    command='', # the command line, for the record
-):
+    result: DemoResult, # `DemoResult` of `run_demo`
+    folder: str | Path, # existing folder
+    command: str = '', # the command line, for the record
+) -> None:
     "Write report.txt, summary.csv, history.csv and figure.png into `folder`"
     folder = Path(folder)
     settings = '\n'.join(f"{k} = {v}" for k, v in result.settings.items())
@@ -505,7 +509,7 @@ def _parse_classes(text):
 
 # %% ../nbs/12_demo.ipynb #b65ed326
 def main(
-    argv=None, # arguments of the command line; None: those of the process
+    argv: Sequence[str] | None = None, # arguments of the command line; None: those of the process
 ) -> int: # exit code
     "The console command `gini_demo`"
     parser = _parser()
@@ -531,6 +535,7 @@ def main(
                 print(f"seed {row['seed']}, {names[row['loss']]}: done in {row['seconds']:.1f} s", flush=True)
             result = demo.run(bar, report)
             print(f"\n{demo_report(result)}\n", flush=True)
+            assert folder is not None # made before the training
             save_demo(result, folder, command)
             print(f"Saved report.txt, summary.csv, history.csv and figure.png in {_short(folder)}")
             return 0

@@ -50,7 +50,7 @@ class ResNet(nn.Module):
         width: int = 64, # channels of the stem and of the first stage; doubled from stage to stage
         in_channels: int = 3, # channels of the images
         dropout: float = 0.0, # probability of zeroing a pooled feature before the classifier
-    ):
+    ) -> None:
         super().__init__()
         n_classes, width, self.in_channels = _check_sizes(n_classes, width, in_channels)
         if len(depths) != 4: raise ValueError(f"depths must name four stages, got {len(depths)}")
@@ -141,7 +141,7 @@ class LogitBlock(BasicBlock):
         channels: int, # channels of the input
         n_classes: int, # channels of the output
         final_relu: bool = True, # whether the sum with the shortcut passes a ReLU, as in every other block
-    ):
+    ) -> None:
         super().__init__(channels, channels, downsample=_projection(channels, n_classes))
         self.conv2 = nn.Conv2d(channels, n_classes, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(n_classes)
@@ -177,7 +177,7 @@ class ConvTokenEmbedding(nn.Module):
         c_out: int, # channels of a token
         patch: int, # height and width of a patch
         stride: int, # step from a patch to the next
-    ):
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, patch, stride, padding=(patch - stride + 1) // 2)
         self.norm = nn.LayerNorm(c_out)
@@ -193,7 +193,7 @@ class ConvProjection(nn.Module):
     def __init__(self,
         channels: int, # channels of a token
         stride: int, # 1 for queries, 2 for keys and values
-    ):
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False)
         self.norm = nn.BatchNorm2d(channels)
@@ -213,7 +213,7 @@ class ConvAttention(nn.Module):
         channels: int, # channels of a token
         heads: int, # number of heads; divides `channels`
         class_query: bool = False, # whether the class token alone asks, as in the last block
-    ):
+    ) -> None:
         super().__init__()
         if channels % heads: raise ValueError(f"channels must be a multiple of heads, got {channels} channels for {heads} heads")
         self.heads, self.class_query = heads, class_query
@@ -236,7 +236,7 @@ class ConvTransformerBlock(nn.Module):
         channels: int, # channels of a token
         heads: int, # number of heads
         class_query: bool = False, # whether only the class token is carried on, as in the last block
-    ):
+    ) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
         self.attention = ConvAttention(channels, heads, class_query)
@@ -259,7 +259,7 @@ class ConvTransformerStage(nn.Module):
         depth: int, # number of blocks
         heads: int, # number of heads
         class_token: bool = False, # whether a class token is added in front, and it alone returned
-    ):
+    ) -> None:
         super().__init__()
         depth = _check_count('depth', depth, 1)
         self.blocks = nn.ModuleList(ConvTransformerBlock(channels, heads, class_token and i == depth - 1) for i in range(depth))
@@ -284,7 +284,7 @@ class CvT(nn.Module):
         heads: tuple, # number of heads in each stage
         n_classes: int = 100, # number of classes, at least 2
         in_channels: int = 3, # channels of the images
-    ):
+    ) -> None:
         super().__init__()
         n_classes, _, self.in_channels = _check_sizes(n_classes, channels[0], in_channels)
         if not len(channels) == len(depths) == len(heads) == 3:

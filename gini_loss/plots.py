@@ -71,8 +71,11 @@ def plot_impurity(
     ax: plt.Axes | None = None, # matplotlib axes to draw on; None: new ones
 ) -> plt.Axes:
     "Gini impurity of each live channel, sorted; the dashed line is the most it can be, 1-1/n. Returns the axes"
+    named = _named(d)
+    for name, v in named.items():
+        if not (v.label_histogram > 0).any(): raise ValueError(f"the Diagnostics{f' of {name!r}' if name else ''} are of no image: there is nothing to show")
     ax = _axes(ax, figsize=(5, 3))
-    for i, (name, v) in enumerate(_named(d).items()):
+    for i, (name, v) in enumerate(named.items()):
         color, label = _style(name, i)
         live = v.impurity[~v.dead].sort().values.cpu()
         ax.plot(np.linspace(0, 1, len(live)), live, color=color, lw=2, label=f"{label}: mean {v.gini:.2f}" if label else f"mean {v.gini:.2f}")
@@ -110,7 +113,9 @@ def plot_histograms(
     "Share of the channels per class, H^S, with the share of the labels, H^Y, as a black line; above 20 classes, classes are sorted. Returns the axes"
     ax = _axes(ax, figsize=(6, 3))
     named = _named(d)
-    n, width = len(next(iter(named.values())).label_histogram), .8/len(named)
+    sizes = {name: len(v.label_histogram) for name, v in named.items()}
+    if len(set(sizes.values())) > 1: raise ValueError(f"the Diagnostics are of different numbers of classes ({', '.join(f'{k}: {v}' for k, v in sizes.items())}): give n_classes where they are made")
+    n, width = next(iter(sizes.values())), .8/len(named)
     if classes is not None and len(classes) != n: raise ValueError(f"{len(classes)} class names for {n} classes")
     x = np.arange(n)
     for i, (name, v) in enumerate(named.items()):
@@ -139,6 +144,13 @@ def plot_runs(
     missing = [c for c in ('loss', 'seed', metric) if c not in runs.columns]
     if missing: raise ValueError(f"runs has no column {missing[0]!r}: its columns are {', '.join(map(str, runs.columns))}")
     if not len(runs): raise ValueError("there are no runs to show")
+    if 'config_hash' in runs.columns:
+        for loss, one in runs.groupby('loss'):
+            if one.config_hash.nunique() > 1:
+                from gini_loss.train import Config
+                differ = [c for c in Config.__annotations__ if c != 'seed' and c in one.columns and one[c].astype(str).nunique() > 1]
+                raise ValueError(f"the runs of loss {loss!r} are of several configurations, which one mean must not mix: they differ in"
+                                 f" {', '.join(differ) or 'config_hash'}. Select one, such as runs[runs.{(differ or ['config_hash'])[0]} == ...]")
     ax = _axes(ax, figsize=(5, 3))
     losses = [l for l in LOSS_COLORS if l in set(runs.loss)] + sorted(set(runs.loss) - set(LOSS_COLORS))
     at = {l: i for i, l in enumerate(losses)}

@@ -7,7 +7,7 @@ __all__ = ['SCHEMA', 'RecordError', 'check_record', 'load_results', 'select_runs
            'read_predictions']
 
 # %% ../nbs/24_results.ipynb #1d9f3890
-import json
+import json, types
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ SCHEMA = dict( # what a record must hold, and of which type
     format=int, run_id=_text, config_hash=_text, pair_hash=_text, config=dict, last=_SCORES, best=_SCORES,
     layer=dict(name=_text, channels=int, dead_channels=int, gini=_number, kl=_number),
     seconds=dict(training=_number, session=_number, sessions=int),
-    hardware=dict(device=_text, device_name=_text, cores=int, threads=int, processes=int), versions=dict(python=_text, torch=_text, fastai=_text, gini_loss=_text),
+    hardware=dict(device=_text, device_name=_text, cores=int, threads=int, processes=int), source=(dict, type(None)), versions=dict(python=_text, torch=_text, fastai=_text, gini_loss=_text),
     finished=_text,
     epochs=dict(train_loss=list, train_total=list, train_gini=list, train_kl=list, valid_loss=list, valid_accuracy=list, dead_channels=list, lr=list, seconds=list))
 
@@ -71,8 +71,8 @@ def load_results(
     "pandas frame, a row a run: the fields of its `Config`, the hashes, and its scores in [0, 1]. FileNotFoundError without the folder, RecordError for a bad file or two of one run"
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no folder {path}: give the folder of the records, load_results('.../results'). The records of this project are in the folder"
-                                " results of its repository, not in the installed package; gini_train and gini_study write new ones")
+        raise FileNotFoundError(f"no folder {path}: give the folder of the records, load_results('.../results'). The records of this project come with it:"
+                                " gini_loss.report.records_path() says where they are; gini_train and gini_study write new ones")
     if not path.is_dir(): raise NotADirectoryError(f"{path} is a file: give the folder of the records")
     rows: list[dict[str, Any]] = []
     files: dict[str, Path] = {}
@@ -81,7 +81,10 @@ def load_results(
         if record['run_id'] in files: raise RecordError(f"{file} and {files[record['run_id']]} are records of the same run: remove one")
         files[record['run_id']] = file
         rows.append(_row(record, config, file, path))
-    return pd.DataFrame(rows, columns=list(rows[0]) if rows else _columns())
+    frame = pd.DataFrame(rows, columns=list(rows[0]) if rows else _columns())
+    for name, kind in Config.__annotations__.items():     # None stays None, and whole numbers beside it whole
+        if isinstance(kind, types.UnionType): frame[name] = pd.Series([row[name] for row in rows], dtype=object)
+    return frame
 
 def _row(record, config, file, path):
     last, best, layer, r = record['last'], record['best'], record['layer'], record

@@ -7,14 +7,15 @@ __all__ = ['STUDIES', 'Study', 'list_studies', 'load_study', 'RunState', 'study_
 
 # %% ../nbs/25_studies.ipynb #dd767b46
 import argparse, configparser, json, math, os, subprocess, sys, time
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 import gini_loss
-from .train import (CheckpointError, Config, RECIPES, RunLocked, _add_run_options, _distributed, _parse, _rank, find_record, is_locked,
+from .train import (CheckpointError, Config, RECIPES, RunLocked, _add_run_options, _device, _distributed, _message, _one_or_more, _parse, _rank, check_folders, find_record, is_locked,
                              read_checkpoint_header, recipe, train)
 
 # %% ../nbs/25_studies.ipynb #6b07419a
@@ -40,14 +41,14 @@ def _values(name, kind, text):
         else: values.append(_parse(name, kind, word))
     return values
 
-def list_studies():
+def list_studies() -> list[str]:
     "Names of the studies that come with the package"
     return sorted(o.stem for o in STUDIES.glob('*.ini'))
 
 def load_study(
-    name, # one of `list_studies`, or the path of a file
-    **changes, # fields of `Config` to set in every run
-):
+    name: str | Path, # one of `list_studies`, or the path of a file
+    **changes: Any, # fields of `Config` to set in every run
+) -> Study:
     "The `Study` in a file. FileNotFoundError for an unknown one, ValueError for what cannot be understood, with the section and the line's name"
     path = Path(name) if str(name).endswith('.ini') else STUDIES/f'{name}.ini'
     if not path.is_file(): raise FileNotFoundError(f"there is no study {str(name)!r}: use one of {', '.join(list_studies())}, or the path of an .ini file")
@@ -88,17 +89,19 @@ def _seconds_per_epoch(results):
     for path in Path(results).rglob('*.json') if Path(results).is_dir() else ():
         try:
             record = json.loads(path.read_text())
-            seconds.setdefault(_cost_key(Config(**record['config'])), []).append(record['seconds']['training']/record['config']['epochs'])
+            config = Config(**record['config'])
+            each = record['seconds']['training']/config.epochs
+            if 0 <= each < float('inf'): seconds.setdefault(_cost_key(config), []).append(each)
         except (OSError, ValueError, KeyError, TypeError, RecursionError): continue # `load_results` is there to complain
     return {k: sorted(v)[len(v)//2] for k, v in seconds.items()}
 
 def _cost_key(c): return c.arch, c.width, c.bs, c.data, c.train_per_class, c.precision, c.channels_last, c.compile
 
 def study_state(
-    study, # `Study`
-    results='results', # folder of the records
-    checkpoints='checkpoints', # folder of checkpoints and locks
-):
+    study: Study, # `Study`
+    results: str | Path = 'results', # folder of the records
+    checkpoints: str | Path = 'checkpoints', # folder of checkpoints and locks
+) -> list[RunState]:
     "A `RunState` for each run"
     known, states = _seconds_per_epoch(results), []
     for c in study.configs:
@@ -118,8 +121,8 @@ def study_state(
 def _duration(seconds): return '?' if seconds != seconds else f'{int(seconds)//3600}:{int(seconds)//60 % 60:02}:{int(seconds) % 60:02}'
 
 def print_state(
-    states, # from `study_state`
-):
+    states: Sequence[RunState], # from `study_state`
+) -> None:
     "A line per run, and the sums"
     for s in states: print(f'{s.config.run_id:40} {s.state:8} {s.epochs:4}/{s.config.epochs}' + (f'  {_duration(s.estimate)} left' if s.state != 'done' else ''))
     count = lambda state: sum(s.state == state for s in states)
@@ -130,12 +133,12 @@ def print_state(
 
 # %% ../nbs/25_studies.ipynb #13ad8c44
 def run_study(
-    study, # `Study`
-    results='results', # folder of the records; new ones go into a folder below it that has the study's name
-    checkpoints='checkpoints', # folder of checkpoints and locks
-    budget=None, # seconds; nothing is started that cannot be finished or checkpointed in them. None: no limit
-    **options, # further arguments of `train`
-):
+    study: Study, # `Study`
+    results: str | Path = 'results', # folder of the records; new ones go into a folder below it that has the study's name
+    checkpoints: str | Path = 'checkpoints', # folder of checkpoints and locks
+    budget: float | None = None, # seconds; nothing is started that cannot be finished or checkpointed in them. None: no limit
+    **options: Any, # further arguments of `train`
+) -> dict[str, int]:
     "Train what has no record, in order. Returns a dict: counts of runs done, failed, left to others (locked) and not started or stopped for time"
     deadline = None if budget is None else time.monotonic() + budget
     counts = dict(done=0, failed=0, locked=0, no_time=0)
@@ -151,21 +154,21 @@ def run_study(
         except RunLocked: counts['locked'] += 1
         except (CheckpointError, ValueError, OSError, RuntimeError) as e:
             if isinstance(e, FileNotFoundError): raise # the data are absent: no other run can do better
-            print(f'{config.run_id}  failed: {e}', file=sys.stderr, flush=True)
+            print(f'{config.run_id}  failed: {_message(e)}', file=sys.stderr, flush=True)
             counts['failed'] += 1
     return counts
 
 # %% ../nbs/25_studies.ipynb #152437a6
 def main(
-    argv=None, # arguments; None: those of the command line
-):
+    argv: Sequence[str] | None = None, # arguments; None: those of the command line
+) -> int:
     "The command `gini_study`. Returns the exit status: 0 all done, 1 an error, 3 runs are left"
     parser = argparse.ArgumentParser('gini_study', description="Train the runs of a study that have no record yet, in order.",
         epilog=f"Studies that come with the package: {', '.join(list_studies())}. A study that was killed continues where it was.")
     parser.add_argument('name', nargs='?', help='a study of the package, or the path of an .ini file')
     parser.add_argument('--list', action='store_true', help='show what is done, under way and missing, and the estimated time')
     parser.add_argument('--budget', type=float, default=None, metavar='SECONDS', help='start nothing that cannot be finished or checkpointed in time')
-    parser.add_argument('--workers', type=int, default=1, metavar='N', help='processes at a time on the device (1)')
+    parser.add_argument('--workers', type=_one_or_more, default=1, metavar='N', help='processes at a time on the device (1)')
     parser.add_argument('--set', nargs='+', default=[], metavar='FIELD=VALUE', help='set fields of Config in every run, such as precision=bfloat16')
     _add_run_options(parser)
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -184,6 +187,8 @@ def main(
             print(study.title)
             print_state(study_state(study, args.results, args.checkpoints))
             return 0
+        if args.device is not None: _device(args.device)
+        check_folders(Path(args.results)/study.name, args.checkpoints)
         if args.workers > 1:
             codes = _run_workers(args.workers, argv)
             left = sum(o.state != 'done' for o in study_state(study, args.results, args.checkpoints))
@@ -193,8 +198,8 @@ def main(
             counts = run_study(study, args.results, args.checkpoints, args.budget, data_root=args.data_root, caltech_root=args.caltech_root,
                                device=device, restart=args.restart, checkpoint_every=args.checkpoint_every)
             if _rank() == 0: print(f"{study.name}: " + ', '.join(f'{n} {k.replace("_", " ")}' for k, n in counts.items()))
-    except (ValueError, TypeError, FileNotFoundError) as e:
-        print(f'gini_study: {e}', file=sys.stderr)
+    except (ValueError, TypeError, OSError) as e:
+        print(f'gini_study: {_message(e)}', file=sys.stderr)
         return 1
     return 1 if counts['failed'] else 3 if counts['locked'] or counts['no_time'] else 0
 

@@ -98,14 +98,11 @@ def _width(m, into):
     shape = getattr(m, 'normalized_shape', None)                      # LayerNorm, RMSNorm
     return (shape[0], False) if isinstance(shape, tuple) and len(shape) == 1 else None
 
-def find_channel_dim(
-    model: nn.Module, # the network the activations come from, an `nn.Module`
-    A: torch.Tensor, # activations of one of its layers, batch first
-    layer: str | nn.Module | None = None, # the layer that `A` is the output of, a dotted name or module; None: not known, all layers are asked
-) -> int:
-    "Dimension of `A` that holds the channels: the one whose size fits the layers of the model, those near `layer` first; in doubt 1 (maps) or -1 (tokens)"
-    if A.ndim == 2: return 1
-    usual, everything = (1, -1) if A.ndim != 3 else (-1, 1), list(_unwrap(model).modules())
+def _usual_dims(A): return (1, -1) if A.ndim != 3 else (-1, 1)
+
+def _fitting_dim(model, A, layer=None):
+    "The dimension of `A` that fits the layers of the model, None if none does"
+    everything = list(_unwrap(model).modules())
     if layer is None:                                                # what knows its place first, then the classifier, the last to be defined
         known = [_width(m, into) for into in (True, False) for m in reversed(everything)]
         widths = sorted((w for w in known if w), key=lambda w: not w[1])
@@ -116,9 +113,19 @@ def find_channel_dim(
         widths = [w for m in inside[::-1] + everything[:at][::-1] if (w := _width(m, False))]
         widths += [w for m in everything[at + len(inside):] if (w := _width(m, True))]
     for width, first in widths:
-        for d in (1,) if first else usual:
+        for d in (1,) if first else _usual_dims(A):
             if A.shape[d] == width: return d
-    return usual[0]
+    return None
+
+def find_channel_dim(
+    model: nn.Module, # the network the activations come from, an `nn.Module`
+    A: torch.Tensor, # activations of one of its layers, batch first
+    layer: str | nn.Module | None = None, # the layer that `A` is the output of, a dotted name or module; None: not known, all layers are asked
+) -> int:
+    "Dimension of `A` that holds the channels: the one whose size fits the layers of the model, those near `layer` first; in doubt 1 (maps) or -1 (tokens)"
+    if A.ndim == 2: return 1
+    found = _fitting_dim(model, A, layer)
+    return _usual_dims(A)[0] if found is None else found
 
 # %% ../nbs/10_tap.ipynb #b4f40096
 def _no_hook(module, args, output): "What a copy or a pickle of a tapped model holds in place of the hook"

@@ -6,21 +6,24 @@
 __all__ = ['LOSSES', 'RECIPES', 'RECORD_FORMAT', 'Config', 'recipe', 'load_images', 'build_dls', 'build_model', 'EpochLog',
            'LearningRate', 'KeepBest', 'Progress', 'cross_entropy', 'build_learner', 'CheckpointError', 'RunLocked',
            'save_checkpoint', 'read_checkpoint_header', 'load_checkpoint', 'RunLock', 'is_locked', 'Checkpoint',
-           'Deadline', 'predict', 'environment', 'write_record', 'find_record', 'train', 'main']
+           'Deadline', 'predict', 'environment', 'write_record', 'check_folders', 'find_record', 'train', 'main']
 
 # %% ../nbs/23_train.ipynb #e3370cc4
-import argparse, contextlib, copy, gc, hashlib, io, json, os, platform, re, struct, subprocess, sys, time, types, typing, warnings
+import argparse, contextlib, copy, gc, hashlib, io, json, os, platform, re, struct, subprocess, sys, tempfile, time, types, typing, warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from fastai.callback.core import CancelFitException, Callback, TrainEvalCallback
+from fastai.data.core import DataLoaders
 from fastai.learner import CancelEpochException, Learner
 from fastai.optimizer import OptimWrapper
 from torch import nn
@@ -62,6 +65,7 @@ class Config:
     layer: str | None = None # dotted name of the tapped layer; None: the network's own choice
     width: int | None = None # channels of the first stage; None: the paper's
     dropout: float = 0. # before the classifier, resnet50 only
+    final_relu: bool = True # a ReLU behind the last convolution, which gives the logits, resnet17 only
     data: str = 'cifar100' # cifar100, or synthetic: made-up images for tests
     train_per_class: int | None = None # training images of each class; None: all
     valid_per_class: int = 40 # validation images of each class
@@ -81,6 +85,12 @@ class Config:
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and not value >= least: raise ValueError(f"{name} must be at least {least}, got {value}")
+        for f in fields(self):
+            value, most = getattr(self, f.name), _MOST.get(f.name, float('inf'))
+            if isinstance(value, float) and not (value <= most and value < float('inf')): raise ValueError(f"{f.name} must be {'finite' if most == float('inf') else f'at most {most}'}, got {value}")
+        if self.dropout == 1: raise ValueError("dropout=1 would drop everything: choose less")
+        if self.schedule != 'none' and self.factor >= 1: raise ValueError(f"factor must be below 1, got {self.factor}: the schedule multiplies the learning rate by it")
+        if not self.final_relu and self.arch != 'resnet17': raise ValueError(f"final_relu is an option of resnet17, got {self.final_relu} for {self.arch}")
         if self.dropout and self.arch != 'resnet50': raise ValueError(f"dropout is an option of resnet50, got {self.dropout} for {self.arch}")
         for name, on in zip(('lambda_gini', 'lambda_kl'), LOSSES[self.loss]):
             if not on: object.__setattr__(self, name, 0.) # what the loss lacks cannot make two runs differ
@@ -89,7 +99,7 @@ class Config:
         if self.loss == 'ce': object.__setattr__(self, 'start_epoch', 0)
 
     @property
-    def canonical(self):
+    def canonical(self) -> str:
         "The fields that are not at their default, as JSON: the text that is hashed"
         # A field added later leaves the hashes of old runs alone, as long as its default means what was done before
         default = {f.name: f.default for f in fields(self)}
@@ -99,19 +109,20 @@ class Config:
         return hashlib.sha256(json.dumps({k: v for k, v in json.loads(self.canonical).items() if k not in without}, sort_keys=True).encode()).hexdigest()[:8]
 
     @property
-    def run_hash(self): return self._hash()
+    def run_hash(self) -> str: return self._hash()
     @property
-    def config_hash(self): return self._hash(('seed',))
+    def config_hash(self) -> str: return self._hash(('seed',))
     @property
-    def pair_hash(self): return self._hash(('seed', 'loss', 'lambda_gini', 'lambda_kl', 'start_epoch', 'reverse_kl', 'rectify', 'layer'))
+    def pair_hash(self) -> str: return self._hash(('seed', 'loss', 'lambda_gini', 'lambda_kl', 'start_epoch', 'reverse_kl', 'rectify', 'layer'))
     @property
-    def run_id(self): return f'{self.arch}-{self.loss}-s{self.seed}-{self.run_hash}'
+    def run_id(self) -> str: return f'{self.arch}-{self.loss}-s{self.seed}-{self.run_hash}'
 
 _CHOICES = dict(arch=('resnet17', 'resnet18', 'resnet50', 'cvt7'), loss=tuple(LOSSES), optimizer=('adam', 'adamax', 'sgd'),
                 schedule=('plateau', 'steps', 'none'), monitor=('valid_loss', 'train_loss', 'epoch'), rectify=('abs', 'relu', 'none'),
                 data=('cifar100', 'synthetic'), precision=('float32', 'bfloat16', 'float64'))
 _LEAST = dict(seed=0, epochs=1, bs=1, lr=0, momentum=0, weight_decay=0, factor=0, patience=0, threshold=0, lambda_gini=0, lambda_kl=0, start_epoch=0,
               width=1, dropout=0, train_per_class=1, valid_per_class=1, split_seed=0, padding=0, flip=0, rotation=0)
+_MOST = dict(dropout=1, flip=1, rotation=180)
 
 def _as_type(name, kind, value):
     "`value` of the field `name` as the type its annotation asks for: numbers are checked, never rounded"
@@ -161,9 +172,9 @@ RECIPES = dict(
 )
 
 def recipe(
-    name='resnet18', # a network (the paper's recipe), or a preset: 'laptop' or 'test'
-    **changes, # fields of `Config` that shall differ from it
-):
+    name: str = 'resnet18', # a network (the paper's recipe), or a preset: 'laptop' or 'test'
+    **changes: Any, # fields of `Config` that shall differ from it
+) -> Config:
     "The `Config` of a recipe. ValueError for an unknown one, TypeError for an unknown field"
     if name not in RECIPES: raise ValueError(f"there is no recipe {name!r}: use one of {', '.join(RECIPES)}")
     unknown = set(changes) - {f.name for f in fields(Config)}
@@ -186,9 +197,9 @@ def _synthetic(n_classes=10, size=32):
     return draw(60), draw(10), [f'pattern {i}' for i in range(n_classes)]
 
 def load_images(
-    config, # `Config`: which data, which split, how many training images
-    root=None, # folder of CIFAR-100 as in `load_cifar100`; None: fastai's data folder
-):
+    config: Config, # `Config`: which data, which split, how many training images
+    root: str | Path | None = None, # folder of CIFAR-100 as in `load_cifar100`; None: fastai's data folder
+) -> tuple[ImageSet, ImageSet, ImageSet, list[str]]:
     "Training, validation and test `ImageSet`, and the class names. FileNotFoundError without the data"
     if config.data == 'cifar100':
         data = _cifar100(root)
@@ -209,10 +220,10 @@ class _ShardLoader(DeviceLoader):
         for i in range(start, len(self)): yield i, self._batch(order[i*self.bs:(i + 1)*self.bs][rank::k], draws)
 
 def build_dls(
-    config, # `Config`
-    root=None, # folder of CIFAR-100; None: fastai's data folder
-    device=None, # None: fastai's default device
-):
+    config: Config, # `Config`
+    root: str | Path | None = None, # folder of CIFAR-100; None: fastai's data folder
+    device: str | torch.device | None = None, # None: fastai's default device
+) -> DataLoaders:
     "fastai `DataLoaders`: train (augmented), valid, test; under torch.distributed, train gives each process its share of every batch"
     train, valid, test, classes = load_images(config, root)
     settings = dict(padding=config.padding, flip=config.flip, rotation=config.rotation, normalize=config.normalize, channels_last=config.channels_last,
@@ -229,13 +240,14 @@ def _rank(): return dist.get_rank() if _world_size() > 1 else 0
 
 # %% ../nbs/23_train.ipynb #9881a309
 def build_model(
-    config, # `Config`
-    n_classes=100, # number of classes
-):
+    config: Config, # `Config`
+    n_classes: int = 100, # number of classes
+) -> nn.Module:
     "The network of `config` with the initial weights of its seed, the same for all four losses"
     torch.manual_seed(config.seed)
-    options = dict(width=config.width) if config.width is not None else {}
+    options: dict[str, Any] = dict(width=config.width) if config.width is not None else {}
     if config.dropout: options['dropout'] = config.dropout
+    if not config.final_relu: options['final_relu'] = False
     model = getattr(models, config.arch)(n_classes, **options)
     if config.precision == 'float64': model = model.double()
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
@@ -244,20 +256,20 @@ def build_model(
 class EpochLog(Callback):
     "One row per epoch: sums stay on the device until the epoch ends, so that no step waits for them"
     order = 4 # sees the loss before GiniLossCallback (5) adds the terms
-    def __init__(self, config): self.config, self.columns, self.last_epoch_seconds = config, {}, None
-    def before_epoch(self):
+    def __init__(self, config: Config) -> None: self.config, self.columns, self.last_epoch_seconds = config, {}, None
+    def before_epoch(self) -> None:
         self.start = time.perf_counter()
         # all randomness of an epoch follows from (seed, epoch, process): a resumed run needs no saved random state
         torch.manual_seed(int(np.random.SeedSequence((self.config.seed, self.learn.epoch, _rank())).generate_state(1)[0]))
         self._train, self._valid = [0., 0], [0., 0., 0]
-    def after_loss(self):
+    def after_loss(self) -> None:
         m = len(self.learn.yb[0])
         loss = self.learn.loss_grad.detach()*m
         if self.learn.training: self._train = [self._train[0] + loss, self._train[1] + m]
         else:
             right = (self.learn.pred.argmax(1) == self.learn.yb[0]).sum().double()
             self._valid = [self._valid[0] + loss, self._valid[1] + right, self._valid[2] + m]
-    def after_epoch(self):
+    def after_epoch(self) -> None:
         c, train_loss = self.config, self._train[0]/self._train[1]
         if _world_size() > 1:
             dist.all_reduce(train_loss)
@@ -279,47 +291,51 @@ class EpochLog(Callback):
 class LearningRate(Callback):
     "torch's scheduler of the recipe, stepped once per epoch"
     order = 55
-    def __init__(self, config): self.config, self.scheduler = config, None
-    def before_fit(self):
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.scheduler: Any = None
+    def before_fit(self) -> None:
         c, opt = self.config, self.learn.opt.opt
         if c.schedule == 'plateau': self.scheduler = ReduceLROnPlateau(opt, factor=c.factor, patience=c.patience, threshold=c.threshold)
         elif c.schedule == 'steps': self.scheduler = MultiStepLR(opt, list(c.milestones), gamma=c.factor)
-    def after_epoch(self):
+    def after_epoch(self) -> None:
         if self.config.schedule == 'plateau':
             self.scheduler.step(self.learn.epoch if self.config.monitor == 'epoch' else self.learn.epoch_log.row[self.config.monitor])
         elif self.scheduler is not None: self.scheduler.step()
-    def state_dict(self): return {k: v for k, v in (self.scheduler.state_dict() if self.scheduler else {}).items() if k != 'milestones'}
-    def load_state_dict(self, state):
+    def state_dict(self) -> dict: return {k: v for k, v in (self.scheduler.state_dict() if self.scheduler else {}).items() if k != 'milestones'}
+    def load_state_dict(self, state: dict) -> None:
         if self.scheduler: self.scheduler.load_state_dict(state)
 
 class KeepBest(Callback):
     "Keeps the weights of the epoch with the best validation accuracy, the first of equals"
     order = 56
-    def __init__(self): self.best_epoch, self.accuracy, self.weights = -1, -1., None
-    def after_epoch(self):
+    def __init__(self) -> None:
+        self.best_epoch, self.accuracy = -1, -1.
+        self.weights: dict[str, torch.Tensor] | None = None
+    def after_epoch(self) -> None:
         accuracy = self.learn.epoch_log.row['valid_accuracy']
         if accuracy > self.accuracy:
             self.best_epoch, self.accuracy = self.learn.epoch, accuracy
             self.weights = {k: v.detach().clone() for k, v in self.learn.plain_model.state_dict().items()}
-    def state_dict(self): return dict(epoch=self.best_epoch, accuracy=self.accuracy, weights=self.weights)
-    def load_state_dict(self, state): self.best_epoch, self.accuracy, self.weights = state['epoch'], state['accuracy'], state['weights']
+    def state_dict(self) -> dict: return dict(epoch=self.best_epoch, accuracy=self.accuracy, weights=self.weights)
+    def load_state_dict(self, state: dict) -> None: self.best_epoch, self.accuracy, self.weights = state['epoch'], state['accuracy'], state['weights']
 
 class Progress(Callback):
     "A line per epoch; on a terminal, between them, where the epoch stands and the time left"
     order = 58
-    def __init__(self, run_id, file=None): self.run_id, self.file, self.shown = run_id, file or sys.stdout, 0.
-    def before_fit(self): self.start, self.steps = time.perf_counter(), 0
+    def __init__(self, run_id: str, file: TextIO | None = None) -> None: self.run_id, self.file, self.shown = run_id, file or sys.stdout, 0.
+    def before_fit(self) -> None: self.start, self.steps = time.perf_counter(), 0
     def _left(self):
         total = (self.learn.n_epoch - self.learn.first_epoch)*len(self.learn.dls.train)
         seconds = int((time.perf_counter() - self.start)/max(self.steps, 1)*(total - self.steps))
         return f'{seconds//3600}:{seconds//60 % 60:02}:{seconds % 60:02}'
-    def after_batch(self):
+    def after_batch(self) -> None:
         if not self.learn.training: return
         self.steps += 1
         if self.file.isatty() and time.perf_counter() - self.shown > 0.5:
             self.shown = time.perf_counter()
             print(f'\r{self.run_id}  epoch {self.learn.epoch + 1}/{self.learn.n_epoch}  batch {self.learn.iter + 1}/{self.learn.n_iter}  {self._left()} left ', end='', file=self.file, flush=True)
-    def after_epoch(self):
+    def after_epoch(self) -> None:
         r = self.learn.epoch_log.row
         print(f"{chr(13) if self.file.isatty() else ''}{self.run_id}  epoch {self.learn.epoch + 1}/{self.learn.n_epoch}  train {r['train_loss']:.3f} (gini {r['train_gini']:.3f} kl {r['train_kl']:.3f})"
               f"  valid {r['valid_loss']:.3f}  accuracy {r['valid_accuracy']:.2%}  lr {r['lr']:.2g}  {r['seconds']:.1f} s  {self._left()} left", file=self.file, flush=True)
@@ -359,15 +375,15 @@ class _RunLearner(Learner):
             self.epoch = epoch
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
-def cross_entropy(pred, y): return F.cross_entropy(pred if pred.dtype == torch.float64 else pred.float(), y)
+def cross_entropy(pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor: return F.cross_entropy(pred if pred.dtype == torch.float64 else pred.float(), y)
 
 _OPTIMIZERS = dict(adam=torch.optim.Adam, adamax=torch.optim.Adamax, sgd=torch.optim.SGD)
 
 def build_learner(
-    config, # `Config`
-    dls, # from `build_dls`
-    cbs=(), # further callbacks
-):
+    config: Config, # `Config`
+    dls: DataLoaders, # from `build_dls`
+    cbs: Sequence[Callback] = (), # further callbacks
+) -> Learner:
     "fastai `Learner` for `config`; `.plain_model` is the network without wrappers, `.epoch_log`, `.learning_rate`, `.keep_best` hold the state of the run"
     model = plain = build_model(config, dls.c).to(dls.device)
     if config.precision == 'bfloat16': model.forward = torch.autocast(dls.device.type, dtype=torch.bfloat16)(model.forward)
@@ -405,10 +421,10 @@ def _replace_file(path, parts):
         raise
 
 def save_checkpoint(
-    path, # file to write
-    header, # small dict that `read_checkpoint_header` can read without the rest
-    state, # nested dicts and lists of tensors, numbers and strings
-):
+    path: str | Path, # file to write
+    header: dict, # small dict that `read_checkpoint_header` can read without the rest
+    state: dict, # nested dicts and lists of tensors, numbers and strings
+) -> None:
     "Write a checkpoint, atomically: whatever happens, the file is the old one or the new one. OSError if the disk is full"
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -420,15 +436,15 @@ def save_checkpoint(
     _replace_file(Path(path), (_MAGIC, struct.pack('<Q', len(head)), head, digest.digest(), payload))
 
 def read_checkpoint_header(
-    path, # file that `save_checkpoint` wrote
-):
+    path: str | Path, # file that `save_checkpoint` wrote
+) -> dict:
     "The header alone. CheckpointError if the file is not a checkpoint"
     with open(path, 'rb') as f:
         try:
             if f.read(len(_MAGIC)) != _MAGIC: raise ValueError
             header = json.loads(f.read(min(struct.unpack('<Q', f.read(8))[0], 1 << 20)))
             if not isinstance(header, dict): raise ValueError
-            for name, kind in dict(epoch=int, seconds=(int, float), sessions=int).items():
+            for name, kind in (('epoch', int), ('seconds', (int, float)), ('sessions', int)):
                 if isinstance(header.get(name, 0), bool) or not isinstance(header.get(name, 0), kind) or not 0 <= header.get(name, 0) < 1e12: raise ValueError
             return header
         except (ValueError, RecursionError, struct.error): raise CheckpointError(f"{path} is not a checkpoint of gini_loss, or its beginning is damaged: {_ADVICE}") from None
@@ -436,10 +452,10 @@ def read_checkpoint_header(
 _ADVICE = "move or delete it, or start the run afresh with --restart"
 
 def load_checkpoint(
-    path, # file that `save_checkpoint` wrote
-    config=None, # `Config` that it must belong to; None: any
-    device='cpu', # where its tensors go
-):
+    path: str | Path, # file that `save_checkpoint` wrote
+    config: Config | None = None, # `Config` that it must belong to; None: any
+    device: str | torch.device = 'cpu', # where its tensors go
+) -> tuple[dict, Any]:
     "Header and state. CheckpointError, with the file's name, if it is damaged, foreign or of another run"
     header, data = read_checkpoint_header(path), Path(path).read_bytes()
     start = len(_MAGIC) + 8
@@ -459,8 +475,8 @@ def load_checkpoint(
 class RunLock:
     "Context manager that keeps other processes from the same run. RunLocked if one is at it. The lock of a killed process is gone with it"
     def __init__(self,
-        path, # file of the lock
-    ): self.path, self._file = Path(path), None
+        path: str | Path, # file of the lock
+    ) -> None: self.path, self._file = Path(path), None
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -495,8 +511,8 @@ def _lock(file):
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 def is_locked(
-    path, # file of the lock
-):
+    path: str | Path, # file of the lock
+) -> bool:
     "Is a process at the run of this lock file?"
     if not Path(path).exists(): return False
     try:
@@ -508,15 +524,15 @@ def is_locked(
 class Checkpoint(Callback):
     "Saves the whole run at the end of each epoch, and puts it back before the first one"
     order = 57
-    def __init__(self, path, config, every=1): self.path, self.config, self.every, self.state, self.seconds, self.sessions = Path(path), config, every, None, 0., 1
-    def load(self, device):
+    def __init__(self, path: str | Path, config: Config, every: int = 1) -> None: self.path, self.config, self.every, self.state, self.seconds, self.sessions = Path(path), config, every, None, 0., 1
+    def load(self, device: str | torch.device) -> int:
         "First epoch to train: 0, or the one after the checkpoint's"
         if not self.path.exists(): return 0
         header, self.state = load_checkpoint(self.path, self.config, device)
         if not {'seconds', 'sessions', 'epoch'} <= set(header): raise CheckpointError(f"the header of {self.path} does not say which epoch it is of: {_ADVICE}")
         self.seconds, self.sessions = header['seconds'], header['sessions'] + 1
         return header['epoch'] + 1
-    def before_fit(self):
+    def before_fit(self) -> None:
         self.start = time.perf_counter()
         if self.state is None: return
         s, self.state = self.state, None
@@ -527,8 +543,8 @@ class Checkpoint(Callback):
         self.learn.epoch_log.columns = s['columns']
         self.learn.dls.train.load_state_dict(s['loader'])
     @property
-    def elapsed(self): return self.seconds + time.perf_counter() - self.start
-    def after_epoch(self):
+    def elapsed(self) -> float: return self.seconds + time.perf_counter() - self.start
+    def after_epoch(self) -> None:
         epoch = self.learn.epoch
         if _rank() or ((epoch + 1) % self.every and epoch + 1 < self.learn.n_epoch): return
         state = dict(model=self.learn.plain_model.state_dict(), optimizer=self.learn.opt.opt.state_dict(), learning_rate=self.learn.learning_rate.state_dict(),
@@ -541,27 +557,27 @@ class Checkpoint(Callback):
 class Deadline(Callback):
     "Ends the fit before the deadline: between epochs if the next would not end in time, else in the middle of one, which is then trained again"
     order = 59
-    def __init__(self, deadline): self.deadline, self.longest, self.reached = deadline, 0., False
+    def __init__(self, deadline: float) -> None: self.deadline, self.longest, self.reached = deadline, 0., False
     def _stop(self):
         self.reached = True
         raise CancelFitException()
-    def before_epoch(self):
+    def before_epoch(self) -> None:
         if self._time() + 1.1*self.longest > self.deadline: self._stop()
         self.start = self._time()
-    def after_batch(self):
+    def after_batch(self) -> None:
         if self.deadline < float('inf') and self._time() > self.deadline: self._stop()
-    def after_epoch(self): self.longest = max(self.longest, self._time() - self.start)
+    def after_epoch(self) -> None: self.longest = max(self.longest, self._time() - self.start)
     @staticmethod
     def _time(): return time.monotonic() if _world_size() == 1 else _agree(time.monotonic())
 
 # %% ../nbs/23_train.ipynb #2ea99ec2
 @torch.no_grad()
 def predict(
-    model, # network in which images are put
-    loader, # `DeviceLoader` that neither shuffles nor augments
-    tap=None, # dotted name of a layer whose pooled activations are wanted as well
-    rectify='abs', # how they are rectified before pooling
-):
+    model: nn.Module, # network in which images are put
+    loader: DeviceLoader, # `DeviceLoader` that neither shuffles nor augments
+    tap: str | None = None, # dotted name of a layer whose pooled activations are wanted as well
+    rectify: str = 'abs', # how they are rectified before pooling
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     "Logits (N, n) float32 or float64 on the CPU, and the pooled activations (N, c) or None"
     training, logits, features = model.training, [], []
     model.eval()
@@ -631,8 +647,8 @@ def _cpu_name():
     return platform.processor() or platform.machine()
 
 def environment(
-    device, # torch device of the run
-):
+    device: str | torch.device, # torch device of the run
+) -> dict:
     "Versions and hardware, without names of machines, people or folders"
     device = torch.device(device)
     hardware = dict(device=device.type, device_name=torch.cuda.get_device_name(device) if device.type == 'cuda' else _cpu_name(),
@@ -645,10 +661,10 @@ def environment(
 RECORD_FORMAT = 1
 
 def write_record(
-    folder, # folder of the records
-    record, # dict, see `gini_loss.results.SCHEMA`
-    arrays, # dict of arrays: the predictions
-):
+    folder: str | Path, # folder of the records
+    record: dict, # dict, see `gini_loss.results.SCHEMA`
+    arrays: dict[str, Any], # dict of arrays: the predictions
+) -> Path:
     "Write `<run_id>.npz` and then `<run_id>.json`, each atomically: a record with a JSON file is complete. Returns the path of the JSON file"
     path = Path(folder)/f"{record['run_id']}.json"
     buffer = io.BytesIO()
@@ -667,39 +683,59 @@ def _record_text(record):
         lines.append(f' {json.dumps(k)}: {body}')
     return '{\n' + ',\n'.join(lines) + '\n}\n'
 
+def check_folders(
+    *folders: str | Path, # folders that will be written to; made if they are not there
+) -> None:
+    "Raise OSError, which names the folder, unless files can be written in each of them: asked before training, not after"
+    for folder in folders:
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file: file.write(b'0')
+        except OSError as e: raise type(e)(e.errno, f"cannot write in the folder {str(folder)!r} ({e.strerror or e}): name another one, or free it") from None
+
 def find_record(
-    results, # folder of the records, searched with all folders below it
-    config, # `Config` of the run
-):
+    results: str | Path, # folder of the records, searched with all folders below it
+    config: Config, # `Config` of the run
+) -> Path | None:
     "Path of the run's record, or None"
     return next(iter(sorted(Path(results).rglob(f'{config.run_id}.json'))), None)
 
 # %% ../nbs/23_train.ipynb #b58315b2
 def train(
-    config, # `Config`: what to train
-    results='results', # folder for the record; a run that has one there, or in a folder below, is not trained again
-    checkpoints='checkpoints', # folder for the checkpoint and the lock; the checkpoint is removed when the record is written
-    folder=None, # folder below `results` for a new record; None: `results` itself
-    data_root=None, # folder of CIFAR-100, as in `load_cifar100`; None: fastai's data folder
-    caltech_root=None, # folder that holds caltech101/; None: fastai's data folder
-    device=None, # torch device; None: a GPU if there is one
-    deadline=None, # value of `time.monotonic()` by which to stop; None: no limit
-    restart=False, # forget a checkpoint of this run
-    checkpoint_every=1, # epochs between two checkpoints
-    verbose=True, # a line per epoch
-):
-    "Train a run, or continue it, and write its record: a dict. None if the deadline came first. RunLocked, CheckpointError, FileNotFoundError, ValueError"
-    device = torch.device(device if device is not None else 'cuda' if torch.cuda.is_available() else 'cpu')
+    config: Config, # `Config`: what to train
+    results: str | Path = 'results', # folder for the record; a run that has one there, or in a folder below, is not trained again
+    checkpoints: str | Path = 'checkpoints', # folder for the checkpoint and the lock; the checkpoint is removed when the record is written
+    folder: str | Path | None = None, # folder below `results` for a new record; None: `results` itself
+    data_root: str | Path | None = None, # folder of CIFAR-100, as in `load_cifar100`; None: fastai's data folder
+    caltech_root: str | Path | None = None, # folder that holds caltech101/; None: fastai's data folder
+    device: str | torch.device | None = None, # torch device; None: a GPU if there is one
+    deadline: float | None = None, # value of `time.monotonic()` by which to stop; None: no limit
+    restart: bool = False, # forget a checkpoint of this run
+    checkpoint_every: int = 1, # epochs between two checkpoints
+    verbose: bool = True, # a line per epoch
+) -> dict | None:
+    "Train a run, or continue it, and write its record: a dict. None if the deadline came first. RunLocked, CheckpointError, OSError (FileNotFoundError without the data), ValueError"
+    where = _device(device if device is not None else 'cuda' if torch.cuda.is_available() else 'cpu')
+    if checkpoint_every < 1: raise ValueError(f"checkpoint_every must be at least 1 epoch, got {checkpoint_every}")
     found = find_record(results, config)
     if _world_size() > 1: found = _agree(found)
     if found is not None: return json.loads(found.read_text())
+    check_folders(results if folder is None else Path(results)/folder, checkpoints)
     path = Path(checkpoints)/f'{config.run_id}.pt'
     with _run_lock(path.with_suffix('.lock')), \
-         torch.random.fork_rng([device] if device.type == 'cuda' else []), warnings.catch_warnings():
+         torch.random.fork_rng([where] if where.type == 'cuda' else []), warnings.catch_warnings():
         warnings.filterwarnings('once', message='epoch .* was not saved')
         if restart and _rank() == 0: path.unlink(missing_ok=True)
         if _world_size() > 1: dist.barrier()
-        return _train(config, results if folder is None else Path(results)/folder, path, data_root, caltech_root, device, deadline, checkpoint_every, verbose)
+        return _train(config, results if folder is None else Path(results)/folder, path, data_root, caltech_root, where, deadline, checkpoint_every, verbose)
+
+def _device(name):
+    "torch device called `name`. ValueError if there is none on this machine"
+    try: device = torch.device(name)
+    except RuntimeError: raise ValueError(f"there is no device {name!r}: use cpu, cuda, cuda:1 ...") from None
+    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there is no device {name!r}: torch sees {torch.cuda.device_count()} GPUs here; leave it out, or use cpu")
+    return device
 
 def _agree(value):
     "What process 0 has, in all processes"
@@ -750,7 +786,10 @@ def _train(config, results, path, data_root, caltech_root, device, deadline, eve
     record = json.loads(_record_text(record))
     if _world_size() > 1: dist.barrier()
     if _rank() == 0:
-        write_record(results, record, {**{f'last_{k}': v for k, v in arrays.items()}, **{f'best_{k}': v for k, v in best_arrays.items()}, **layer_arrays})
+        try: write_record(results, record, {**{f'last_{k}': v for k, v in arrays.items()}, **{f'best_{k}': v for k, v in best_arrays.items()}, **layer_arrays})
+        except OSError as e:
+            raise OSError(e.errno, f"the record could not be written in {str(results)!r} ({_message(e)}). Nothing is lost: the trained network is in {path}."
+                          " Free the folder or name another one, and start the same run again") from e
         path.unlink(missing_ok=True)
         if verbose: print(f"{config.run_id}  done: test accuracy {record['last']['test_accuracy']:.2%} (best epoch {record['best']['test_accuracy']:.2%})", flush=True)
     if _world_size() > 1: dist.barrier()
@@ -789,19 +828,30 @@ def _add_config_options(parser):
         if f.type is bool: parser.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, default=None, help=help.get(f.name))
         else: parser.add_argument(flag, dest=f.name, default=None, metavar=f.name.upper(), help=help.get(f.name))
 
+def _message(e):
+    "What an exception says, without the number that the system gives an error of files"
+    if not isinstance(e, OSError) or not e.strerror: return str(e)
+    return e.strerror if e.filename is None else f'{e.strerror}: {str(e.filename)!r}'
+
+def _one_or_more(text):
+    try: number = int(text)
+    except ValueError: number = 0
+    if number < 1: raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return number
+
 def _add_run_options(parser):
     parser.add_argument('--results', default='results', help='folder of the records (results)')
     parser.add_argument('--checkpoints', default='checkpoints', help='folder of checkpoints and locks (checkpoints)')
     parser.add_argument('--data-root', default=None, help="folder of CIFAR-100 (fastai's data folder)")
     parser.add_argument('--caltech-root', default=None, help="folder that holds caltech101/ (fastai's data folder)")
     parser.add_argument('--device', default=None, help='cpu, cuda, cuda:1 ... (a GPU if there is one)')
-    parser.add_argument('--threads', type=int, default=None, help='CPU threads of torch')
-    parser.add_argument('--checkpoint-every', type=int, default=1, help='epochs between two checkpoints (1)')
+    parser.add_argument('--threads', type=_one_or_more, default=None, help='CPU threads of torch')
+    parser.add_argument('--checkpoint-every', type=_one_or_more, default=1, help='epochs between two checkpoints (1)')
     parser.add_argument('--restart', action='store_true', help='forget the checkpoint of a run begun before')
 
 def main(
-    argv=None, # arguments; None: those of the command line
-):
+    argv: Sequence[str] | None = None, # arguments; None: those of the command line
+) -> int:
     "The command `gini_train`: one run. Returns the exit status: 0 done, 1 an error, 3 the time was up"
     parser = argparse.ArgumentParser('gini_train', description="Train one network with one of the four losses and write its record.",
         epilog="Fields that are not given come from the recipe of the network, or of the preset. A run that was killed continues where it was.")
@@ -813,18 +863,20 @@ def main(
     args = parser.parse_args(argv)
     try:
         kinds = {f.name: f.type for f in fields(Config)}
-        given = {k: v if isinstance(v, bool) else _parse(k, kinds[k], v) for k, v in vars(args).items() if k in kinds and v is not None}
+        given: dict[str, Any] = {k: v if isinstance(v, bool) else _parse(k, kinds[k], v) for k, v in vars(args).items() if k in kinds and v is not None}
         name = args.preset or given.get('arch', 'resnet18')
         config = recipe(name, **given)
         if args.show:
             print(json.dumps(dict(run_id=config.run_id, **asdict(config)), indent=1))
             return 0
         if args.threads: torch.set_num_threads(args.threads)
+        if args.device is not None: _device(args.device)
+        if (found := find_record(args.results, config)) is not None and os.environ.get('RANK', '0') == '0': print(f'{config.run_id}  is done: its record is {found}', flush=True)
         with _distributed(args.device) as device:
             record = train(config, args.results, args.checkpoints, data_root=args.data_root, caltech_root=args.caltech_root, device=device,
                            deadline=None if args.budget is None else time.monotonic() + args.budget, restart=args.restart, checkpoint_every=args.checkpoint_every)
-    except (ValueError, TypeError, RunLocked, CheckpointError, FileNotFoundError) as e:
-        print(f'gini_train: {e}', file=sys.stderr)
+    except (ValueError, TypeError, RunLocked, CheckpointError, OSError) as e:
+        print(f'gini_train: {_message(e)}', file=sys.stderr)
         return 1
     return 0 if record is not None else 3
 

@@ -12,7 +12,7 @@ def wheel(tmp_path_factory):
     "The wheel, built by the backend that pip would call, from a copy of what it reads"
     tree, out = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('wheel')
     for name in ('settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'): copy2(root/name, tree)
-    for name in ('gini_loss', 'nbs', 'tests', 'results'): copytree(root/name, tree/name, ignore=ignore_patterns('__pycache__', '.*'))
+    for name in ('gini_loss', 'nbs', 'tests', 'results', 'benchmarks'): copytree(root/name, tree/name, ignore=ignore_patterns('__pycache__', '.*'))
     code = f"from setuptools import build_meta; print(build_meta.build_wheel({str(out)!r}))"
     done = subprocess.run([sys.executable, '-c', code], cwd=tree, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -24,8 +24,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = {n for n in zipfile.ZipFile(wheel).namelist() if not n.endswith('/')}
     package = {n for n in names if '.dist-info/' not in n}
     records = {n for n in package if n.startswith('gini_loss/records/')}
+    measured = {n for n in package if n.startswith('gini_loss/benchmarks/')}
     expected = {p.relative_to(root).as_posix() for pattern in ('*.py', 'py.typed', 'studies/*.ini') for p in (root/'gini_loss').glob(pattern)}
-    assert package - records == expected
+    assert package - records - measured == expected
+    assert measured == {f'gini_loss/benchmarks/{p.name}' for p in (root/'benchmarks'/'results').glob('*.json')} and measured
     assert all(re.fullmatch(r'gini_loss/records/[\w./-]+\.(json|npz|csv|md)', n) for n in records)
     info = {n.split('.dist-info/')[1] for n in names - package}
     assert {'METADATA', 'WHEEL', 'RECORD', 'entry_points.txt'} <= info and any(n.endswith('LICENSE') for n in info)
@@ -37,6 +39,17 @@ def test_the_wheel_installs_all_commands_and_requires_no_development_tools(wheel
     needed = [r for r in re.findall(r'^Requires-Dist: (.+)$', read('METADATA'), re.M) if 'extra ==' not in r]
     assert {'torch', 'fastai'} <= {re.match(r'[\w-]+', r).group() for r in needed}
     assert not [r for r in needed if re.match(r'(nbdev|execnb|pytest|mypy)\b', r)]
+
+def test_the_page_on_pypi_shows_the_figures_of_the_readme(wheel):
+    z = zipfile.ZipFile(wheel)
+    page = z.read(next(n for n in z.namelist() if n.endswith('METADATA'))).decode()
+    here, there = (re.findall(r'!\[[^\]]*\]\(([^)\s]+)\)', text) for text in ((root/'README.md').read_text(encoding='utf-8'), page))
+    own = [image for image in here if '://' not in image]
+    cfg = dict(re.findall(r'^(user|repo|branch) *= *(\S+)', (root/'settings.ini').read_text(), re.M))
+    raw = f"https://raw.githubusercontent.com/{cfg['user']}/{cfg['repo']}/{cfg['branch']}/"
+    assert own and len(here) == len(there) and {raw + image for image in own} <= set(there)
+    assert all((root/image.removeprefix(raw)).is_file() for image in there if image.startswith(raw))
+    assert not re.findall(r'\]\((?!\w+:|#)[^)]*\)|<img\b[^>]*src=["\'](?!\w+:)', page), "a link that leads nowhere outside the repository"
 
 # --- types
 
@@ -89,7 +102,7 @@ def functions(module):
             yield from (f for k, f in vars(o).items() if inspect.isfunction(f) and f.__module__ == module.__name__ and (k == '__init__' or not k.startswith('_'))
                        and not (k != '__init__' and o.__name__.endswith('Callback'))) # fastai calls those
 
-@pytest.mark.parametrize('name', ['losses', 'tap', 'callback', 'results', 'stats', 'plots'])
+@pytest.mark.parametrize('name', ['losses', 'running', 'tap', 'callback', 'data', 'models', 'train', 'study', 'report', 'demo', 'results', 'stats', 'plots'])
 def test_public_functions_are_annotated(name):
     incomplete = []
     for f in functions(import_module(f'gini_loss.{name}')):
@@ -108,6 +121,21 @@ def test_the_api_page_shows_every_public_name():
         module = import_module(f'gini_loss.{path.stem}')
         missing = [n for n in module.__all__ if not re.search(rf'^### {n}$|^\| `{n}\b', page, re.M)]
         assert not missing, f"run nbs/60_api.ipynb again: it does not show {missing} of {path.name}"
+
+def test_every_name_of_the_contract_has_an_entry_with_an_example():
+    cells, sections, name = json.loads((root/'nbs'/'60_api.ipynb').read_text(encoding='utf-8'))['cells'], {}, None
+    for c in cells:
+        source = ''.join(c['source'])
+        if c['cell_type'] == 'markdown' and (heading := re.search(r'^#{2,3} (\w+)', source)): name = heading.group(1)
+        sections.setdefault(name, []).append((c, source))
+    contract = next(m.group(1) for c in cells if (m := re.search(r"^CONTRACT = '''([^']+)'''", ''.join(c['source']), re.M))).split()
+    assert len(contract) > 25
+    for name in contract:
+        here = sections.get(name, [])
+        assert any(source.startswith('#| echo: false') and f"'{name}'" in source and c['outputs'] for c, source in here), f"no entry for {name}"
+        run = any(c['cell_type'] == 'code' and not source.startswith('#|') and re.search(rf'\b{name}\b', source) and c['outputs'] for c, source in here)
+        shown = any(c['cell_type'] == 'markdown' and re.search(rf'```python\n[^`]*\b{name}\b', source) for c, source in here)
+        assert run or shown, f"no example for {name}"
 
 def luminance(color):
     linear = [c/12.92 if c <= .04045 else ((c + .055)/1.055)**2.4 for c in (int(color[i:i+2], 16)/255 for i in (1, 3, 5))]

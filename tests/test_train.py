@@ -64,14 +64,16 @@ def test_each_field_counts():
     other = dict(arch='resnet18', loss='gini', seed=1, epochs=2, bs=3, optimizer='sgd', lr=.5, momentum=.5, weight_decay=.5, schedule='none', factor=.1, patience=1, threshold=.5,
                  monitor='epoch', milestones=(1,), lambda_gini=.1, lambda_kl=.1, start_epoch=0, reverse_kl=True, rectify='relu', layer='layer3', width=3, dropout=.4,
                  data='synthetic', train_per_class=3, valid_per_class=3, split_seed=3, normalize=True, padding=0, flip=0., rotation=9., precision='bfloat16',
-                 channels_last=True, compile=True)
+                 channels_last=True, compile=True, final_relu=False)
     assert set(other) == set(asdict(base))
     for k, v in other.items():
-        changed = replace(base, **{k: v})
-        assert changed.run_hash != base.run_hash, k
-        assert (changed.config_hash == base.config_hash) == (k == 'seed'), k
+        start = replace(base, arch='resnet17') if k == 'final_relu' else base
+        changed = replace(start, **{k: v})
+        assert changed.run_hash != start.run_hash, k
+        assert (changed.config_hash == start.config_hash) == (k == 'seed'), k
 
-@pytest.mark.parametrize('bad', [dict(loss='all'), dict(arch='vgg'), dict(epochs=0), dict(lr=-1.), dict(dropout=.4), dict(precision='float16'), dict(loss='both', lambda_gini=0)])
+@pytest.mark.parametrize('bad', [dict(loss='all'), dict(arch='vgg'), dict(epochs=0), dict(lr=-1.), dict(dropout=.4), dict(precision='float16'), dict(loss='both', lambda_gini=0),
+    dict(lr=float('inf')), dict(lr=float('nan')), dict(lambda_gini=float('inf')), dict(arch='resnet50', dropout=1.), dict(flip=2.), dict(rotation=900.), dict(factor=1.), dict(final_relu=False)])
 def test_impossible_values(bad):
     with pytest.raises(ValueError): Config(**bad)
 
@@ -242,7 +244,7 @@ def test_full_disk_at_the_record_keeps_the_checkpoint(tmp_path, monkeypatch):
     def full(*args): raise OSError(28, 'No space left on device')
     with monkeypatch.context() as m:
         m.setattr(engine, 'write_record', full)
-        with pytest.raises(OSError): run(c, tmp_path)
+        with pytest.raises(OSError, match=r'the record could not be written .*No space left on device.*Nothing is lost'): run(c, tmp_path)
     assert (tmp_path/'checkpoints'/f'{c.run_id}.pt').exists()
     run(c, tmp_path)
     run(c, tmp_path/'whole')
@@ -278,6 +280,39 @@ def test_command_line(tmp_path, capsys):
     assert main(['--arch', 'vgg']) == 1 and 'resnet17' in capsys.readouterr().err
     assert main(['--preset', 'test', '--epochs', 'many']) == 1 and "epochs='many'" in capsys.readouterr().err
     assert main(['--preset', 'test', '--budget', '0', '--results', str(tmp_path/'r'), '--checkpoints', str(tmp_path/'c')]) == 3
+
+@pytest.mark.parametrize('option', ['--results', '--checkpoints'])
+@pytest.mark.parametrize('kind', ['a file', 'below a file', 'of the system'])
+def test_a_folder_that_cannot_be_written_is_found_before_training(tmp_path, monkeypatch, capsys, option, kind):
+    (tmp_path/'afile').write_text('')
+    folder = {'a file': tmp_path/'afile', 'below a file': tmp_path/'afile'/'deeper', 'of the system': Path('/proc/nope')}[kind]
+    if kind == 'of the system' and not Path('/proc/self').exists(): pytest.skip("no /proc here")
+    monkeypatch.setattr(engine, '_train', lambda *args: pytest.fail("trained first"))
+    other = '--checkpoints' if option == '--results' else '--results'
+    assert main(['--preset', 'test', option, str(folder), other, str(tmp_path/'fine')]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f'gini_train: cannot write in the folder {str(folder)!r} (') and err.count('\n') == 1
+
+@pytest.mark.parametrize('options,status,message', [
+    (['--device', 'cuda:99'], 1, "there is no device 'cuda:99'"), (['--device', 'foo'], 1, "there is no device 'foo'"),
+    (['--threads', '-1'], 2, "expected a whole number from 1, got '-1'"), (['--checkpoint-every', '0'], 2, "expected a whole number from 1, got '0'"),
+    (['--lambda-gini', 'inf'], 1, "lambda_gini must be finite")])
+def test_what_the_command_refuses(tmp_path, capsys, options, status, message):
+    try: got = main(['--preset', 'test', '--results', str(tmp_path/'r'), '--checkpoints', str(tmp_path/'c'), *options])
+    except SystemExit as e: got = e.code
+    assert got == status and message in capsys.readouterr().err
+    assert not (tmp_path/'r').exists()
+
+def test_a_run_that_is_done_says_so(tmp_path, capsys):
+    args = ['--preset', 'test', '--epochs', '1', '--start-epoch', '0', '--results', str(tmp_path/'r'), '--checkpoints', str(tmp_path/'c')]
+    assert main(args) == 0 and 'is done' not in capsys.readouterr().out
+    assert main(args) == 0
+    out = capsys.readouterr().out
+    assert 'is done: its record is' in out and out.count('\n') == 1
+
+def test_resnet17_without_its_last_relu_trains(tmp_path):
+    record = run(small(arch='resnet17', final_relu=False, epochs=1, start_epoch=0), tmp_path)
+    assert record['config']['final_relu'] is False and record['run_id'] != small(arch='resnet17', epochs=1, start_epoch=0).run_id
 
 def test_no_record_of_synthetic_images_says_cifar(tmp_path):
     record = run(small(epochs=1, start_epoch=0), tmp_path)
