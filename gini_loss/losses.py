@@ -122,7 +122,7 @@ def _labels(y, dtype, ignore_index):
     return labels, torch.where(labels != ignore_index, shares, 0)
 
 def _one_hot(ids, n, share, m):
-    "*Y* (m, n); for mixed labels the sum of two"
+    "Y (m, n); for mixed labels the sum of two"
     first, *rest = [torch.where(i[:, None] == torch.arange(n, device=ids.device), s[:, None], 0) for i, s in zip(ids.split(max(m, 1)), share.split(max(m, 1)))]
     return first + rest[0] if rest else first
 
