@@ -165,7 +165,13 @@ def sweep(timer, name, xs, quick, most_plain=math.inf, **fixed):
     return dict(fixed={k: v for k, v in {**DEFAULT, **fixed}.items() if k != name}, points=points, exponents=exponents)
 
 def section_classes(timer, speed, quick):
-    out = sweep(timer, 'n', [10, 100, 1000, 10**6] if quick else [10, 30, 100, 300, 1000, 10**4, 10**5, 10**6], quick, most_plain=1000 if quick else 10**4)
+    "For maps, and under 'features' for pooled features, where the class averages are as many numbers as the input"
+    out = sweep_classes(timer, quick)
+    out['features'] = sweep_classes(timer, quick, side=1)
+    return out
+
+def sweep_classes(timer, quick, **fixed):
+    out = sweep(timer, 'n', [10, 100, 1000, 10**6] if quick else [10, 30, 100, 300, 1000, 10**4, 10**5, 10**6], quick, most_plain=1000 if quick else 10**4, **fixed)
     mine = {p['x']: p for p in out['points'] if p['form'] == 'ours'}; plain100 = next(p for p in out['points'] if p['form'] == 'plain' and p['x'] == 100)
     out['flat'] = {key: dict(million_to_ten=f(mine[10**6], mine[10]), most_to_ten=max(f(p, mine[10]) for p in mine.values()), million_to_plain_100=f(mine[10**6], plain100))
                    for key, f in dict(seconds=lambda a, b: ratio(a['seconds'], b['seconds'])['median'], peak_bytes=lambda a, b: a['peak_bytes'] / b['peak_bytes']).items()}
