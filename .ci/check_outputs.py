@@ -22,7 +22,7 @@ def facts(cell):
         data = o.get("data", {})
         if o.get("name") == "stderr" or "image/png" in data: continue
         found.append(text(o.get("text")) or text(data.get("text/markdown")) or text(data.get("text/plain")))
-    plain = re.sub(r"-?\d+\.\d+(?:e[+-]?\d+)?|\b\d+e[+-]?\d+\b", "#", "\n".join(found))
+    plain = re.sub(r"-?\d+\.\d*(?:e[+-]?\d+)?|\b\d+e[+-]?\d+\b", "#", "\n".join(found))
     return [" ".join(line.split()) for line in plain.splitlines() if line.strip()]
 
 

@@ -6,9 +6,10 @@
 
 Everything that is compared runs side by side: a round runs each candidate in turn, so that a change in the machine's load meets all of them. Shown: the
 median over the rounds, the smallest and the largest; a ratio is the median of the ratios within each round. Times are forward and backward together.
+On Linux the C library is told to keep memory that was freed, as a GPU's allocator does: else a candidate pays, by chance, for pages that another gave back.
 The other losses come from pytorch-metric-learning; without it they are left out (install it with: pip install pytorch-metric-learning).
 """
-import argparse, datetime, json, math, os, platform, statistics, subprocess, sys, tempfile, time, warnings
+import argparse, ctypes, datetime, json, math, os, platform, statistics, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
 
 os.environ.setdefault('KINETO_LOG_LEVEL', '5')
@@ -22,6 +23,13 @@ from gini_loss.tap import FeatureTap
 
 SECTIONS = ('losses', 'classes', 'sizes', 'step', 'inference', 'throughput', 'import')
 DEFAULT = dict(m=256, c=512, side=4, n=100)
+
+
+def keep_freed_memory():
+    "True if the C library now serves all sizes from memory that it never gives back"
+    try: libc = ctypes.CDLL('libc.so.6')
+    except OSError: return False
+    return bool(libc.mallopt(-4, 0) and libc.mallopt(-1, 2**31 - 1))         # M_MMAP_MAX, M_TRIM_THRESHOLD
 
 
 def plain_terms(A, y, n):
@@ -45,13 +53,15 @@ class Timer:
         for _ in range(k): f()
         self.wait()
         return (time.perf_counter() - start) / k
-    def compare(self, candidates, rounds=None, at_least=.004):
+    def compare(self, candidates, rounds=None, at_least=.02):
         "`{name: {median, low, high, rounds}}` in seconds; the first rounds warm up and say how often to repeat what is short"
         for f in candidates.values(): self.once(f)
         times = {name: max(1, min(200, math.ceil(at_least / max(self.once(f), 1e-7)))) for name, f in candidates.items()}
         rows = {name: [] for name in candidates}
         for _ in range(rounds or self.rounds):
-            for name, f in candidates.items(): rows[name].append(self.once(f, times[name]))
+            for name, f in candidates.items():
+                f()                                                      # its own data and memory in place of the previous candidate's
+                rows[name].append(self.once(f, times[name]))
         return {name: summary(o) for name, o in rows.items()}
 
 
@@ -165,7 +175,13 @@ def sweep(timer, name, xs, quick, most_plain=math.inf, **fixed):
     return dict(fixed={k: v for k, v in {**DEFAULT, **fixed}.items() if k != name}, points=points, exponents=exponents)
 
 def section_classes(timer, speed, quick):
-    out = sweep(timer, 'n', [10, 100, 1000, 10**6] if quick else [10, 30, 100, 300, 1000, 10**4, 10**5, 10**6], quick, most_plain=1000 if quick else 10**4)
+    "For maps, and under 'features' for pooled features, where the class averages are as many numbers as the input"
+    out = sweep_classes(timer, quick)
+    out['features'] = sweep_classes(timer, quick, side=1)
+    return out
+
+def sweep_classes(timer, quick, **fixed):
+    out = sweep(timer, 'n', [10, 100, 1000, 10**6] if quick else [10, 30, 100, 300, 1000, 10**4, 10**5, 10**6], quick, most_plain=1000 if quick else 10**4, **fixed)
     mine = {p['x']: p for p in out['points'] if p['form'] == 'ours'}; plain100 = next(p for p in out['points'] if p['form'] == 'plain' and p['x'] == 100)
     out['flat'] = {key: dict(million_to_ten=f(mine[10**6], mine[10]), most_to_ten=max(f(p, mine[10]) for p in mine.values()), million_to_plain_100=f(mine[10**6], plain100))
                    for key, f in dict(seconds=lambda a, b: ratio(a['seconds'], b['seconds'])['median'], peak_bytes=lambda a, b: a['peak_bytes'] / b['peak_bytes']).items()}
@@ -252,7 +268,7 @@ def section_throughput(timer, speed, quick):
     from gini_loss.data import CIFAR100_MEAN, CIFAR100_STD, device_dls
     from gini_loss.models import resnet18
     device, gpu = timer.device, timer.device.type == 'cuda'
-    n, bs, width, rounds = (20_000, 500, 64, 5) if gpu else (2_000, 100, 8, 5) if not quick else (1_000, 100, 4, 5)
+    n, bs, width, rounds = (20_000, 500, 64, 5) if gpu else (1_500, 100, 8, 5) if not quick else (1_000, 100, 4, 5)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     with tempfile.TemporaryDirectory() as folder:
         files, source = cifar_files(n, folder)
@@ -321,7 +337,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--quick', action='store_true', help='fewer rounds and sizes; writes nothing unless --out is given')
     parser.add_argument('--only', nargs='+', choices=SECTIONS, default=SECTIONS, metavar='SECTION', help=f"some of: {', '.join(SECTIONS)}")
-    parser.add_argument('--rounds', type=int, help='turns of each candidate (default 11, quick 5)')
+    parser.add_argument('--rounds', type=int, help='turns of each candidate (default 21, quick 5)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--threads', type=int, help="torch's threads (default: torch's own choice)")
     parser.add_argument('--out', help='file for the record (default: benchmarks/results/cost-<cpu or the name of the GPU>.json for a whole run)')
@@ -329,11 +345,11 @@ def main():
     if args.threads: torch.set_num_threads(args.threads)
     device, start = torch.device(args.device), time.perf_counter()
     if device.type == 'cuda': torch.backends.cuda.matmul.allow_tf32 = False
-    timer = Timer(device, args.rounds or (5 if args.quick else 11))
+    timer = Timer(device, args.rounds or (5 if args.quick else 21))
     load = lambda: [round(v, 2) for v in os.getloadavg()] if hasattr(os, 'getloadavg') else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     record = dict(benchmark='cost', date=datetime.date.today().isoformat(), quick=args.quick, sections=list(args.only), device=device.type, hardware=hardware(device), cores=cores,
-                  threads=torch.get_num_threads(), rounds=timer.rounds, load_before=load(), python=platform.python_version(),
+                  threads=torch.get_num_threads(), rounds=timer.rounds, keeps_freed_memory=keep_freed_memory(), load_before=load(), python=platform.python_version(),
                   versions={k: version(k) for k in ('torch', 'fastai', 'pytorch-metric-learning', 'gini_loss')})
     record['versions']['torch'] = torch.__version__
     print(f"{record['hardware']}, {cores} cores, {record['threads']} threads, load average {record['load_before'] and record['load_before'][0]}, torch {torch.__version__}")

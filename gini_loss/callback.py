@@ -17,19 +17,18 @@ from torch.nn import functional as F
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.learner import ValueMetric
-from .losses import GiniKLLoss
+from .losses import GiniKLLoss, _Mixed, _labels
 from .running import RunningGiniKLLoss
 from .tap import FeatureTap, _fitting_dim, find_channel_dim, find_layer
 
 # %% ../nbs/11_callback.ipynb #62340f24
 def _as_list(x): return list(x) if isinstance(x, (list, tuple)) else [x]
 
-def _mixed_targets(y, learn, n_classes):
+def _mixed_targets(y, learn):
     "Targets as a `MixUp` or `CutMix` callback of `learn` has mixed them, or `y` if none has"
     for cb in learn.cbs:
         if isinstance(cb, MixHandler) and getattr(cb, 'stack_y', False) and hasattr(cb, 'yb1'):
-            n, lam = n_classes or learn.pred.shape[-1], torch.as_tensor(cb.lam, device=y.device).reshape(-1, 1)
-            return torch.lerp(F.one_hot(cb.yb1[0].long(), n).float(), F.one_hot(y.long(), n).float(), lam.float())
+            return _Mixed(*(t.as_subclass(torch.Tensor) for t in (y, cb.yb1[0])), cb.lam)
     return y
 
 def _label_mass(loss, y):
@@ -37,10 +36,10 @@ def _label_mass(loss, y):
     if isinstance(loss, RunningGiniKLLoss): return loss.mass
     if loss.distributed and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return torch.ones(loss.n_classes, device=y.device) if loss.n_classes else None     # what the others have is not asked for in each step
-    y = y.as_subclass(torch.Tensor).detach()
+    if not isinstance(y, _Mixed): y = y.as_subclass(torch.Tensor).detach()
     if y.ndim == 2: return y.float().sum(0)
-    y = y.contiguous()
-    return torch.zeros(len(y), device=y.device).scatter_add_(0, torch.searchsorted(y.sort().values, y), (y != loss.ignore_index).float())
+    labels, share = _labels(y, torch.float32, loss.ignore_index)
+    return torch.zeros(len(labels), device=y.device).scatter_add_(0, torch.searchsorted(labels.sort().values, labels), share)
 
 def _bounds(loss, gini, kl, live, y):
     "Could this batch tell anything (0 or 1), and if so: L_Gini, its distance from 1-1/n as n(1-L_Gini)-1, and L_KL less what it is if all channels stand for the commonest class"
@@ -148,10 +147,11 @@ class GiniLossCallback(Callback):
                 except RuntimeError as e:
                     if self.layers[i] is None and 'did not run' in str(e): raise RuntimeError(f"{e} It was chosen as the last stage before the classifier: name another one, layer='...'") from None
                     raise
-                if y is None: y = _mixed_targets(self.learn.yb[0], self.learn, loss.n_classes)
+                if y is None: y = _mixed_targets(self.learn.yb[0], self.learn)
                 if loss.channel_dim is None: loss.channel_dim = find_channel_dim(self.learn.model, A, tap.module)
                 elif self.channel_dim is not None and tap.name not in self._looked_at: self._check_channel_dim(A, tap)
                 self._looked_at.add(tap.name)
+                loss._check_finite = not A.is_cuda # after_train checks there: it names the layer, and leaves the device in working order
                 try: gini, kl, live = loss.terms_and_live(A, y)
                 except (ValueError, TypeError) as e: raise type(e)(f"layer {tap.name!r}: {e}") from e
             if on: total = total + sum(w*t for w, t in ((loss.lambda_gini, gini), (loss.lambda_kl, kl)) if w)

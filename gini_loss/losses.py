@@ -18,7 +18,8 @@ def _require(ok, message):
 def _plain(x, name):
     "`x` as a plain `Tensor`: fastai's subclasses would otherwise follow into the loss"
     if not isinstance(x, torch.Tensor): raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    return x if type(x) is torch.Tensor or torch.compiler.is_compiling() else x.as_subclass(torch.Tensor)
+    own = type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__     # a tensor of torch's own making, such as FakeTensor
+    return x if type(x) is torch.Tensor or own or torch.compiler.is_compiling() else x.as_subclass(torch.Tensor)
 
 # %% ../nbs/01_activations.ipynb #847c9dd6
 def pool(
@@ -52,8 +53,24 @@ def pool(
     return A.mean(dims, dtype=dtype) if dims else A.to(dtype)
 
 # %% ../nbs/02_class_means.ipynb #9e41f5b4
+class _Mixed:
+    "Labels of a batch whose images were mixed in pairs: the share `lam` of an image is of the class `labels` (m,), the rest of the class `others` (m,)"
+    ndim = 1
+    def __init__(self, labels, others, lam):
+        lam = torch.as_tensor(lam, device=labels.device).reshape(-1).expand(len(labels))
+        self.labels, self.shares = torch.cat([labels, others]), torch.cat([lam, 1 - lam])      # both (2m,)
+    def __len__(self): return len(self.labels)//2
+    @property
+    def device(self): return self.labels.device
+    def detach(self): return self
+
 def _check_targets(y, m=None, n_classes=None, ignore_index=-100):
-    "The targets as a plain tensor: (m,) int64 labels or (m, n) float; raises what is wrong with them"
+    "The targets as a plain tensor: (m,) int64 labels or (m, n) float, or as `_Mixed` labels; raises what is wrong with them"
+    if isinstance(y, _Mixed):
+        if y.labels.ndim != 1: raise ValueError(f"mixed targets must be labels (m,), got shape {(len(y), *y.labels.shape[1:])}")
+        if m is not None and len(y) != m: raise ValueError(f"{len(y)} targets for {m} rows of activations: both must have one entry per image of the batch")
+        _check_targets(y.labels, None, n_classes, ignore_index)
+        return y
     y = _plain(y, "targets")
     if n_classes is not None and (not isinstance(n_classes, int) or n_classes < 1):
         raise ValueError(f"n_classes must be a positive integer, got {n_classes!r}")
@@ -73,6 +90,9 @@ def _check_targets(y, m=None, n_classes=None, ignore_index=-100):
                 _require((~kept | (y < n_classes)).all(), lambda: f"label {y[kept].max().item()} is not below n_classes={n_classes}:"
                          f" labels must be 0 to {n_classes-1}")
     else:
+        if y.shape[1] == 1 and (n_classes != 1 or not y.is_floating_point()):
+            raise ValueError(f"targets of shape {tuple(y.shape)} have one column, and both terms are 0 where there is one class: for labels call"
+                             f" .squeeze(1){'' if y.dtype == torch.int64 else '.long()'}, for a share p of one class pass [1-p, p]")
         if not y.is_floating_point():
             raise TypeError(f"targets (m, n) must be floating point (one-hot, soft or multi-hot), got {y.dtype}: call .float()")
         if n_classes is not None and y.shape[1] != n_classes:
@@ -96,32 +116,39 @@ def _columns(y, n_classes=None, ignore_index=-100, full=False, among=None):
     if n_classes is not None and (full or n_classes <= len(among)): return y, n_classes
     return torch.searchsorted(among.sort().values, y), len(among)
 
-def _one_hot(ids, n, kept, dtype): return ((ids[:, None] == torch.arange(n, device=ids.device)) & kept[:, None]).to(dtype)
+def _labels(y, dtype, ignore_index):
+    "Labels, and how much of an image each stands for: 1, its share if mixed, 0 if it is to be left out"
+    labels, shares = (y.labels, y.shares.to(dtype)) if isinstance(y, _Mixed) else (y.contiguous(), torch.ones((), dtype=dtype, device=y.device))
+    return labels, torch.where(labels != ignore_index, shares, 0)
+
+def _one_hot(ids, n, share, m):
+    "Y (m, n); for mixed labels the sum of two"
+    first, *rest = [torch.where(i[:, None] == torch.arange(n, device=ids.device), s[:, None], 0) for i, s in zip(ids.split(max(m, 1)), share.split(max(m, 1)))]
+    return first + rest[0] if rest else first
 
 def _label_matrix(y, dtype, n_classes=None, ignore_index=-100, full=False, among=None):
     "Y of Eq. 4, (m, n); for hard labels, unless `full`, renumbered to at most len(among) columns"
     if y.ndim == 2: return y.to(torch.promote_types(y.dtype, dtype))
-    y = y.contiguous()
-    return _one_hot(*_columns(y, n_classes, ignore_index, full, among), y != ignore_index, dtype)
+    labels, share = _labels(y, dtype, ignore_index)
+    return _one_hot(*_columns(labels, n_classes, ignore_index, full, among), share, len(y))
 
 def _product_sums(M, Y, reduce):
     mass = reduce(Y.sum(0))
     Y_bar = (Y / torch.where(mass > 0, mass, 1)).to(M.dtype)
     with torch.autocast(M.device.type, enabled=False): return reduce(M.T @ Y_bar), mass
 
-def _row_sums(M, ids, n, kept, reduce):
-    ids = torch.where(kept, ids, n)                 # images to leave out go to a row of their own
-    mass = reduce(M.new_zeros(n + 1).index_add(0, ids, kept.to(M.dtype))[:n])
-    S = M.new_zeros(n + 1, M.shape[1]).index_add(0, ids, M)[:n]
-    return reduce(S / torch.where(mass > 0, mass, 1)[:, None]).T, mass
+def _row_sums(M, ids, n, share, reduce):
+    ids = torch.where(share > 0, ids, n)            # images to leave out go to a row of their own
+    mass = reduce(M.new_zeros(n + 1).index_add(0, ids, share)[:n])
+    return reduce(_RowMeans.apply(M, ids, share, torch.where(mass > 0, mass, 1))).T, mass
 
 def _class_sums(M, y, n_classes=None, ignore_index=-100, full=False, among=None, reduce=lambda x: x):
     "S (c, n) and the label mass of each class (n,): Eqs. 4 and 3, zero for a class without images. `reduce` adds up over processes"
     if y.ndim == 2: return _product_sums(M, _label_matrix(y, M.dtype), reduce)
-    y, kept = y.contiguous(), y != ignore_index
-    ids, n = _columns(y, n_classes, ignore_index, full, among)
-    if n > _FEW and y.device.type == 'cpu': return _row_sums(M, ids, n, kept, reduce)
-    return _product_sums(M, _one_hot(ids, n, kept, M.dtype), reduce)
+    labels, share = _labels(y, M.dtype, ignore_index)
+    ids, n = _columns(labels, n_classes, ignore_index, full, among)
+    if n > _FEW and y.device.type == 'cpu': return _row_sums(M, ids, n, share, reduce)
+    return _product_sums(M, _one_hot(ids, n, share, len(y)), reduce)
 
 # %% ../nbs/02_class_means.ipynb #42360af0
 def class_means(
@@ -166,26 +193,37 @@ def class_probs(
     return _row_probs(S)[0]
 
 # %% ../nbs/03_gini.ipynb #6d8866df
+def _check_probs(P):
+    "`P` as a plain tensor; raises if its rows are not probabilities, or zeros"
+    P = _plain(P, "class probabilities")
+    if P.ndim != 2: raise ValueError(f"class probabilities must have shape (c, n), got {tuple(P.shape)}")
+    if not P.is_floating_point(): raise TypeError(f"class probabilities must be floating point, got {P.dtype}: call .float()")
+    if P.numel():
+        total = P.sum(1, dtype=torch.promote_types(P.dtype, torch.float32))
+        _require(((P >= 0).all(1) & ((total - 1).abs() < .01) | (P == 0).all(1)).all(), lambda: "each row of class probabilities must be"
+                 f" non-negative and sum to 1, or be zero, got values from {P.min().item():.3g} to {P.max().item():.3g} and sums from"
+                 f" {total.min().item():.3g} to {total.max().item():.3g}: class_probs() makes probabilities of class averages")
+    return P
+
 def gini_impurity(
     P: torch.Tensor, # class probabilities of each channel (c, n), rows sum to 1
 ) -> torch.Tensor: # (c,)
     "Gini impurity of each row (c,): the summand of Eq. 1, from 0 (one class) to 1-1/n (all alike). A row of zeros gives 1"
-    P = _plain(P, "class probabilities")
-    if P.ndim != 2: raise ValueError(f"class probabilities must have shape (c, n), got {tuple(P.shape)}")
-    if not P.is_floating_point(): raise TypeError(f"class probabilities must be floating point, got {P.dtype}: call .float()")
+    P = _check_probs(P)
     return 1 - (P*P).sum(1)
 
 # %% ../nbs/03_gini.ipynb #28af631e
-def _statistics(A, y, rectify='abs', n_classes=None, channel_dim=1, ignore_index=-100, ranks=None):
+def _statistics(A, y, rectify='abs', n_classes=None, channel_dim=1, ignore_index=-100, ranks=None, finite=True):
     "Impurity of each channel (c,), what the channels' probabilities add up to for each class (n,), which channels are alive (c,), and the label mass of each class (n,)"
     M = pool(A, rectify, channel_dim)
     y = _check_targets(y, len(M), n_classes, ignore_index)
     if y.device != M.device: raise ValueError(f"activations are on {M.device} and targets on {y.device}: move both to one device")
-    among = dict(among=ranks.gather_labels(y) if y.ndim == 1 else None, reduce=ranks.sum) if ranks is not None else {}
+    among = dict(among=ranks.gather_labels(getattr(y, 'labels', y)) if y.ndim == 1 else None, reduce=ranks.sum) if ranks is not None else {}
     S, mass = _class_sums(M, y, n_classes, ignore_index, **among)
-    square, votes, total, _ = _ProbSums.apply(S)
-    _require_finite(total)
-    return 1 - square, votes, total > _DEAD, mass.to(votes.dtype), M.dtype
+    dtype = M.dtype; del M                                 # for features it is as large as they are
+    square, votes, total = _ProbSums.apply(S)
+    if finite: _require_finite(total)
+    return 1 - square, votes, ~(total <= _DEAD), mass.to(votes.dtype), dtype    # NaN counts as alive: it must reach the terms
 
 def _mean_impurity(impurity, live): return torch.where(live, impurity, 0).sum() / live.sum().clamp(min=1)
 
@@ -207,9 +245,7 @@ def feature_histogram(
     P: torch.Tensor, # class probabilities of each channel (c, n), rows sum to 1 (or to 0: a dead channel, which has no vote)
 ) -> torch.Tensor: # H^S (n,)
     "Share of the channels that stand for each class, H^S (n,): Eq. 6. Sums to 1, or to 0 if all channels are dead"
-    P = _plain(P, "class probabilities")
-    if P.ndim != 2: raise ValueError(f"class probabilities must have shape (c, n), got {tuple(P.shape)}")
-    if not P.is_floating_point(): raise TypeError(f"class probabilities must be floating point, got {P.dtype}: call .float()")
+    P = _check_probs(P)
     total = P.sum()
     return P.sum(0) / torch.where(total > 0, total, 1)
 
@@ -235,7 +271,7 @@ def _kl_divergence(votes, live, mass, reverse=False):
     total = mass.sum()
     hY = mass / torch.where(total > 0, total, 1)
     if reverse: hS, used = hS.clamp(min=_FLOOR), (hY > 0) & live.any()
-    else: used = hS > 0                       # only classes with label mass can have channels
+    else: used = ~(hS <= 0)                   # only classes with label mass can have channels; NaN is not to be hidden
     hS, hY = torch.where(used, hS, 1), torch.where(used, hY.clamp(min=torch.finfo(hY.dtype).tiny), 1)
     return ((hY * (hY / hS).log()) if reverse else (hS * (hS / hY).log())).sum()
 
@@ -276,7 +312,7 @@ class GiniKLLoss(nn.Module):
         n_classes: int | None = None, # number of classes n, to check the labels; the value of the loss does not depend on it
         channel_dim: int = 1, # the dimension of the activations that holds the channels
         ignore_index: int = -100, # images with this label take no part
-        distributed: bool = True, # where torch.distributed runs: take the class sums over all its processes
+        distributed: bool = True, # where torch.distributed runs: take the class sums over all its processes; with n_classes of at most 4,096 without waiting for a GPU
     ) -> None:
         super().__init__()
         self.lambda_gini, self.lambda_kl = _check_weight(lambda_gini, "lambda_gini"), _check_weight(lambda_kl, "lambda_kl")
@@ -284,9 +320,11 @@ class GiniKLLoss(nn.Module):
         self.rectify, self.reverse_kl, self.n_classes, self.channel_dim = rectify, reverse_kl, n_classes, channel_dim
         self.ignore_index, self.distributed = ignore_index, distributed
 
+    _check_finite = True # on a GPU a check that fails ends the process's use of it: who looks at the terms anyway can turn this one off
+
     def _statistics(self, A, y):
         ranks = _Ranks(self.n_classes) if self.distributed and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
-        return _statistics(A, y, self.rectify, self.n_classes, self.channel_dim, self.ignore_index, ranks)
+        return _statistics(A, y, self.rectify, self.n_classes, self.channel_dim, self.ignore_index, ranks, self._check_finite)
 
     if TYPE_CHECKING: # nn.Module says Any
         def __call__(self, A: torch.Tensor, y: torch.Tensor) -> torch.Tensor: ...
@@ -356,7 +394,7 @@ class _SumOverRanks(torch.autograd.Function):
     def backward(ctx, grad): return _SumOverRanks.apply(grad)
 
 class _Ranks:
-    "Sums over all processes, and the labels of all of them where classes are too many for a column each"
+    "Sums over all processes, and the labels of all of them where classes are too many for a column each, or nobody said how many: then the host waits for the sizes of the batches"
     many_classes = 4096
     def __init__(self, n_classes): self.n_classes = n_classes
     def sum(self, x): return _SumOverRanks.apply(x)
@@ -391,31 +429,74 @@ class _MeanRectified(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         A, = ctx.saved_tensors
-        grad = grad / _positions(A, ctx.dims)
+        if (k := _positions(A, ctx.dims)) > 1: grad = grad / k
         for d in ctx.dims: grad = grad.unsqueeze(d)
         slope = A.sgn() if ctx.rectify == 'abs' else A.sgn().clamp(min=0)
         if torch.is_grad_enabled(): return (slope * grad).to(A.dtype), None, None, None   # a second derivative is wanted
         return slope.mul_(grad), None, None, None
 
+# %% ../nbs/06_fast.ipynb #c41e9b20
+class _RowMeans(torch.autograd.Function):
+    "Rows of M (m, c) added up by class and divided by the `mass` (n,) of the class, (n, c). `ids` name the class of each image, or n: leave it out; mixed images have two, one behind the other"
+    @staticmethod
+    def forward(M, ids, share, mass):
+        S = M.new_zeros(len(mass) + 1, M.shape[1])
+        for i, s in zip(ids.split(max(len(M), 1)), share.split(max(len(M), 1))): S.index_add_(0, i, M if len(ids) == len(M) else M * s[:, None])
+        return S[:-1].div_(mass[:, None])
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        M, ids, share, mass = inputs
+        ctx.m = len(M)
+        ctx.save_for_backward(ids, share, mass)
+    @staticmethod
+    def backward(ctx, grad):
+        ids, share, mass = ctx.saved_tensors
+        ids, share = ids.clamp(max=len(mass) - 1), torch.where(ids < len(mass), share, 0)
+        parts = [(grad.index_select(0, i), s[:, None]) for i, s in zip(ids.split(max(ctx.m, 1)), (share / mass[ids]).split(max(ctx.m, 1)))]
+        if torch.is_grad_enabled(): return sum(g * s for g, s in parts), None, None, None           # a second derivative is wanted
+        (first, s), *rest = parts
+        first.mul_(s)
+        for g, s in rest: first.addcmul_(g, s)
+        return first, None, None, None
+
 # %% ../nbs/06_fast.ipynb #45bdaa9d
+def _double(S): return torch.float64 if S.device.type != 'mps' else S.dtype
+
+def _blocks(S, *vectors):
+    "S (c, n) and vectors (c,) in blocks of rows: on a CPU so few that a block stays in its cache, elsewhere so many that blocks are few"
+    c, n = S.shape
+    k = max(1, (2**14 if S.device.type == 'cpu' and not torch.compiler.is_compiling() else 2**22) // max(n, 1), c // 32)
+    return zip(*(x.split(k) for x in (S, *vectors)))
+
+def _nonzero(total): return torch.where(total <= _DEAD, torch.inf, total)
+
 class _ProbSums(torch.autograd.Function):
     "From S (c, n), for S̄ of Eq. 2 in double precision: sums of squares of its rows (c,), sums of its columns (n,), and what the rows of S add up to (c,)"
     @staticmethod
     def forward(S):
-        P = S.to(torch.float64 if S.device.type != 'mps' else S.dtype, copy=True)   # sums of positive numbers lose nothing in float32; 1-q and log(H^S/H^Y) would
-        total = P.sum(1)
-        P /= torch.where(total > _DEAD, total, torch.inf)[:, None]
-        return (P*P).sum(1), P.sum(0), total, P
+        squares, totals, votes = [], [], S.new_zeros(S.shape[1], dtype=_double(S))
+        for s, in _blocks(S):
+            P = s.to(_double(S), copy=True)        # sums of positive numbers lose nothing in float32; 1-q and log(H^S/H^Y) would
+            totals.append(P.sum(1))
+            P /= _nonzero(totals[-1])[:, None]
+            votes += P.sum(0)
+            squares.append(P.square_().sum(1))
+        return torch.cat(squares), votes, torch.cat(totals)
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs, *output)
-        ctx.mark_non_differentiable(*output[2:])
+        square, _, total = output
+        ctx.save_for_backward(*inputs, square, total)
+        ctx.mark_non_differentiable(total)
     @staticmethod
-    def backward(ctx, d, e, *_):
-        S, q, _, total, P = ctx.saved_tensors
+    def backward(ctx, d, e, _):
+        S, q, total = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():           # a second derivative is wanted
-            total = S.to(P.dtype).sum(1)
-            P = _row_probs(S.to(P.dtype))[0]; q = (P*P).sum(1)
-        T = torch.where(total > _DEAD, total, torch.inf)
-        G = torch.addcmul((-(2*q*d + P @ e) / T)[:, None], P, (2*d / T)[:, None])
-        return G.addcmul_(e, (1 / T)[:, None]).to(S.dtype)
+            P = _row_probs(S.to(e.dtype))[0]; q = (P*P).sum(1)
+            T = _nonzero(S.to(e.dtype).sum(1))
+            return ((2*P*d[:, None] + e - (2*q*d + P @ e)[:, None]) / T[:, None]).to(S.dtype)
+        G, T = torch.empty_like(S), _nonzero(total)
+        for s, g, d, t, qd in _blocks(S, G, d[:, None], T[:, None], 2*q*d):
+            P = s.to(e.dtype, copy=True).div_(t)
+            mean = torch.addmv(qd, P, e)[:, None]
+            g.copy_(P.mul_(2*d).add_(e).sub_(mean).div_(t))
+        return G

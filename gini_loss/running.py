@@ -63,9 +63,9 @@ class RunningGiniKLLoss(GiniKLLoss):
         if self.training: # an infinite or NaN average must not stay: such a batch is not remembered
             ok = S.detach().isfinite().all()
             self.means, self.mass = torch.where(ok, S.detach(), before.detach()), torch.where(ok, total, fading)
-        squares, votes, sums, _ = _ProbSums.apply(S)
-        _require_finite(sums)
-        live = sums > _DEAD
+        squares, votes, sums = _ProbSums.apply(S)
+        if self._check_finite: _require_finite(sums)
+        live = ~(sums <= _DEAD)
         return _mean_impurity(1 - squares, live).to(M.dtype), _kl_divergence(votes, live, total.to(votes.dtype), self.reverse_kl).to(M.dtype), live
 
     def _load_from_state_dict(self, state, prefix, *args):

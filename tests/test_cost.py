@@ -62,13 +62,13 @@ def test_the_plain_form_touches_them_more_often():
     assert len(watch(lambda x: plain_terms(x, y, 10), A)[1].names) > 2
 
 def test_nothing_as_large_as_the_maps_is_kept():
-    "Between the passes: the maps themselves, which the network keeps anyway, and 16 bytes for each of their averages"
+    "Between the passes: the maps themselves, which the network keeps anyway, and four bytes for each of their averages"
     A, y = batch(10**6); A.requires_grad_()
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t): loss = GiniKLLoss()(A, y)
     loss.backward()
     others = sum(t.untyped_storage().nbytes() for p, t in kept.items() if p != A.untyped_storage().data_ptr())
-    assert A.untyped_storage().data_ptr() in kept and others < .3 * A.untyped_storage().nbytes()
+    assert A.untyped_storage().data_ptr() in kept and others < .1 * A.untyped_storage().nbytes()
 
 # ---- Nothing grows with the number of classes ----
 
@@ -79,6 +79,34 @@ def test_bytes_do_not_grow_with_the_number_of_classes(given):
         return sum(w.bytes for w in watch(lambda x: GiniKLLoss(n_classes=n if given else None).terms(x, y), A))
     few, plain = total(10), sum(w.bytes for w in watch(lambda x: plain_terms(x, batch(100)[1], 100), batch(100)[0]))
     for n in (100, 1000, 21_841, 10**6): assert total(n) <= min(1.5 * few, plain), n
+
+def peak_bytes(f):
+    "The most bytes that `f` holds at a time beyond those that were there before"
+    f()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof: f()
+    now = peak = 0
+    for e in sorted((e for e in prof.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns()):
+        now += e.nbytes(); peak = max(peak, now)
+    return peak
+
+@pytest.mark.parametrize('m, c, size', [(256, 512, 1), (512, 2048, 1), (512, 512, 2), (256, 128, 4)])
+@pytest.mark.parametrize('given', [False, True], ids=['n_classes not given', 'n_classes given'])
+def test_peak_memory_does_not_grow_with_the_number_of_classes(m, c, size, given):
+    "Features too, of which S has as many numbers: at most 1.5 times the memory of ten classes, and that of the plain form with a hundred"
+    def peak(n, terms):
+        A, y = batch(n, m, c, size); A.requires_grad_()
+        return peak_bytes(lambda: torch.autograd.grad(sum(terms(A, y, n)), A))
+    ours, plain = lambda A, y, n: GiniKLLoss(n_classes=n if given else None).terms(A, y), peak(100, plain_terms)
+    few = peak(10, ours)
+    for n in (200, 10**6): assert peak(n, ours) <= min(1.5 * few, plain), n
+
+@pytest.mark.parametrize('m, c, size, most', [(64, 512, 4, 1.5), (256, 512, 4, 1.5), (256, 512, 2, 2), (256, 512, 1, 2.8)])
+def test_peak_memory_of_mixed_labels(m, c, size, most):
+    "Two labels for each image: twice as many classes, for maps no more memory than ten classes take"
+    def peak(n):
+        A, y = batch(n, m, c, size); A.requires_grad_(); mixed = losses._Mixed(y, y.flip(0), torch.linspace(0, 1, m))
+        return peak_bytes(lambda: torch.autograd.grad(sum(GiniKLLoss(n_classes=n).terms(A, mixed)), A))
+    assert peak(10**6) <= most * peak(10)
 
 def test_multiplications_do_not_grow_with_the_number_of_classes():
     def flops(n):
@@ -150,12 +178,17 @@ def test_no_shape_or_branch_depends_on_values(kwargs, soft):
     "Forward on tensors that claim to be on a GPU and have no values: anything that waits for a value raises"
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
     with FakeTensorMode():
-        try: A = torch.empty(64, 32, 4, 4, device='cuda')
-        except (RuntimeError, AssertionError) as e: pytest.skip(f"this torch cannot pretend to have a GPU: {e}")
+        try:
+            A = torch.empty(64, 32, 4, 4, device='cuda')
+            (A > 0).all()                                                             # with torch 2.6 a reduction wakes the driver
+        except (RuntimeError, AssertionError) as e: pytest.skip(f"this torch cannot pretend to have a GPU: {str(e).splitlines()[0]}")
         y = torch.empty(64, kwargs.get('n_classes', 20), device='cuda') if soft else torch.empty(64, dtype=torch.int64, device='cuda')
         if soft and kwargs.get('n_classes', 0) > 10**4: kwargs = {}; y = y[:, :20]
         terms = GiniKLLoss(**kwargs).terms_and_live(A, y)
         assert [t.shape for t in terms] == [(), (), (4 if 'channel_dim' in kwargs else 32,)] and all(t.device.type == 'cuda' for t in terms)
+        if not soft:
+            mixed = GiniKLLoss(**kwargs).terms_and_live(A, losses._Mixed(y, y.flip(0), torch.empty(64, device='cuda')))
+            assert [(t.shape, t.device.type) for t in mixed] == [(t.shape, 'cuda') for t in terms]
         with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)): torch.unique(y)
         with pytest.raises(DataDependentOutputException): bool((A > 0).all())
 

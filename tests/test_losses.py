@@ -108,7 +108,7 @@ def random_case(seed):
         y = {'soft': torch.rand(m, n, dtype=torch.float64).softmax(1), 'multihot': (torch.rand(m, n) < .4).double(),
              'onehot': torch.eye(n, dtype=torch.float64)[torch.randint(0, n, (m,))]}[kind]
         if r.random() < .3: y[:, r.randrange(n)] = 0                                           # an absent class
-        if r.random() < .5: n_classes = n
+        if r.random() < .5 or n == 1: n_classes = n                                            # one column has to be meant
         Y = y.tolist()
     kwargs = dict(rectify=rectify, n_classes=n_classes, channel_dim=channel_dim, ignore_index=ignore_index)
     return A, y, Y, kwargs, r.random() < .5
@@ -502,6 +502,14 @@ BAD = {
     'labels of 3 dimensions': (lambda: GiniKLLoss()(A4, SOFT[..., None]), ValueError, r"got shape \(4, 3, 1\)"),
     'labels as a list': (lambda: GiniKLLoss()(A4, [0, 1, 2, 0]), TypeError, r"targets must be a torch.Tensor, got list"),
     'integer one-hot': (lambda: GiniKLLoss()(A4, SOFT.long()), TypeError, r"must be floating point \(one-hot, soft or multi-hot\), got torch.int64"),
+    'integer labels in a column': (lambda: GiniKLLoss()(A4, Y4[:, None]), ValueError, r"\(4, 1\) have one column.*for labels call \.squeeze\(1\),"),
+    'integer labels in a column, one class': (lambda: GiniKLLoss(n_classes=1)(A4, Y4[:, None]), ValueError, r"for labels call \.squeeze\(1\),"),
+    'float labels in a column': (lambda: GiniKLLoss()(A4, Y4[:, None].float()), ValueError, r"have one column.*for labels call \.squeeze\(1\)\.long\(\).*\[1-p, p\]"),
+    'class_means of labels in a column': (lambda: class_means(A4, Y4[:, None]), ValueError, r"\.squeeze\(1\)"),
+    'mixed labels below 0': (lambda: GiniKLLoss()(A4, losses._Mixed(Y4, Y4 - 1, .5)), ValueError, r"label -1 is below 0"),
+    'mixed labels above n_classes': (lambda: GiniKLLoss(n_classes=3)(A4, losses._Mixed(Y4, Y4 + 1, .5)), ValueError, r"label 3 is not below n_classes=3"),
+    'mixed one-hot': (lambda: GiniKLLoss()(A4, losses._Mixed(SOFT, SOFT, .5)), ValueError, r"mixed targets must be labels \(m,\), got shape \(4, 3\)"),
+    'too few mixed labels': (lambda: GiniKLLoss()(A4, losses._Mixed(Y4[:3], Y4[:3], .5)), ValueError, r"3 targets for 4 rows"),
     'soft below 0': (lambda: GiniKLLoss()(A4, SOFT - .1), ValueError, r"soft targets must be finite and not negative, got values from -0.1 to 0.9"),
     'soft NaN': (lambda: GiniKLLoss()(A4, SOFT * math.nan), ValueError, r"soft targets must be finite"),
     'soft infinite': (lambda: GiniKLLoss()(A4, SOFT / 0.), ValueError, r"soft targets must be finite"),
@@ -544,6 +552,10 @@ BAD = {
     'class_probs of integers': (lambda: class_probs(Y4[:, None]), TypeError, r"floating point, got torch.int64"),
     'gini_impurity of rank 1': (lambda: gini_impurity(A4[0]), ValueError, r"\(c, n\), got \(3,\)"),
     'gini_impurity of integers': (lambda: gini_impurity(Y4[:, None]), TypeError, r"floating point, got torch.int64"),
+    'gini_impurity of class averages': (lambda: gini_impurity(torch.tensor([[5., .5]])), ValueError, r"sum to 1, or be zero, got values from 0.5 to 5 and sums from 5.5 to 5.5: class_probs"),
+    'gini_impurity below 0': (lambda: gini_impurity(torch.tensor([[.5, .5], [1.5, -.5]])), ValueError, r"non-negative and sum to 1.*from -0.5 to 1.5"),
+    'gini_impurity NaN': (lambda: gini_impurity(torch.tensor([[math.nan, 1.]])), ValueError, r"non-negative and sum to 1"),
+    'feature_histogram of class averages': (lambda: feature_histogram(torch.tensor([[5., .5]])), ValueError, r"sum to 1, or be zero"),
     'feature_histogram of rank 1': (lambda: feature_histogram(A4[0]), ValueError, r"\(c, n\), got \(3,\)"),
     'feature_histogram of integers': (lambda: feature_histogram(Y4[:, None]), TypeError, r"floating point, got torch.int64"),
     'label_histogram of a bad label': (lambda: label_histogram(Y4, 2), ValueError, r"label 2 is not below n_classes=2"),
@@ -558,6 +570,77 @@ def test_bad_input_has_its_own_message(name):
 
 def test_targets_and_activations_on_two_devices():
     with pytest.raises((ValueError, RuntimeError), match="meta"): GiniKLLoss()(A4, Y4.to('meta'))
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_probabilities_of_any_precision_are_accepted(dtype):
+    "Many classes, few, one, and a dead channel: rounding does not make them improbable"
+    for n in (1, 2, 100, 5000):
+        P = class_probs(torch.rand(30, n)).to(dtype); P[0] = 0
+        assert gini_impurity(P).shape == (30,) and feature_histogram(P).isfinite().all()
+
+# ---- Mixed labels ----
+
+def mixed_case(seed, m, c, n, ignored=False):
+    "A batch with two labels for each image, and the same as a matrix of all classes"
+    torch.manual_seed(seed)
+    A, y, other, lam = torch.randn(m, c, 2, dtype=torch.float64), torch.randint(0, n, (m,)), torch.randint(0, n, (m,)), torch.rand(m, dtype=torch.float64)
+    other[:m//4] = y[:m//4]; lam[m//2:m//2 + 3] = torch.tensor([0., 1, .5])[:max(0, m - m//2)]
+    if ignored: y, other = (torch.where(torch.rand(m) < .3, -100, t) for t in (y, other))
+    dense = torch.zeros(m, n, dtype=torch.float64)
+    for k in range(m):
+        for label, share in ((int(y[k]), lam[k]), (int(other[k]), 1 - lam[k])):
+            if label >= 0: dense[k, label] += share
+    return A, losses._Mixed(y, other, lam), dense
+
+@pytest.mark.parametrize('m, c, n', [(20, 6, 3), (20, 6, 39), (20, 6, 41), (20, 6, 5000), (80, 5, 100), (80, 5, 129), (80, 5, 5000), (1, 3, 50)])
+@pytest.mark.parametrize('ignored', [False, True])
+@pytest.mark.parametrize('give_n', [False, True])
+@pytest.mark.parametrize('reverse', [False, True])
+def test_mixed_labels_equal_the_matrix_of_all_classes(m, c, n, ignored, give_n, reverse):
+    "Terms, gradients and the second derivative, to 1e-12, by products and by rows, with fewer classes and with more than two for each image"
+    A, mixed, dense = mixed_case(m + n, m, c, n, ignored)
+    x, loss = A.requires_grad_(), GiniKLLoss(reverse_kl=reverse, n_classes=n if give_n else None)
+    S, mass = losses._class_sums(pool(A), mixed, n if give_n else None)
+    assert S.shape[1] == len(mass) <= max(2*m, n if n <= 2*m else 0)
+    for got, expected in zip(loss.terms(x, mixed), loss.terms(x, dense)):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+        g, e = (torch.autograd.grad(t, x, create_graph=True)[0] for t in (got, expected))
+        torch.testing.assert_close(g, e, rtol=0, atol=1e-12)
+        g2, e2 = (torch.autograd.grad(t.square().sum(), x, retain_graph=True)[0] for t in (g, e))
+        torch.testing.assert_close(g2, e2, rtol=1e-9, atol=1e-12)
+
+@pytest.mark.parametrize('n_classes', [None, 7, 10**6])
+@pytest.mark.parametrize('m', [16, 80])
+def test_mixed_labels_compiled(n_classes, m):
+    "One graph, as for hard labels"
+    A, mixed, dense = mixed_case(0, m, 5, 7)
+    A, y, other, lam = A.float(), *mixed.labels.split(m), mixed.shares[:m].float()
+    loss = GiniKLLoss(n_classes=n_classes)
+    compiled = torch.compile(lambda A, y, other, lam: loss(A, losses._Mixed(y, other, lam)), fullgraph=True, backend='aot_eager')
+    x, z = A.clone().requires_grad_(), A.double().requires_grad_()
+    got, expected = compiled(x, y, other, lam), GiniKLLoss()(z, dense)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(got, x)[0].double(), torch.autograd.grad(expected, z)[0], rtol=1e-4, atol=1e-7)
+
+# ---- Large features ----
+
+@pytest.mark.parametrize('m, c, n', [(256, 512, 10**6), (256, 512, 10), (100, 700, 10**6), (300, 2000, 150)])
+def test_features_in_blocks_keep_their_precision(m, c, n):
+    "float32 features, from which S in double precision is made in blocks: value and gradient within 1e-5 of float64"
+    torch.manual_seed(0)
+    A, y = torch.randn(m, c), torch.randint(0, n, (m,))
+    x, z = A.clone().requires_grad_(), A.double().requires_grad_()
+    for got, expected in zip(GiniKLLoss().terms(x, y), GiniKLLoss().terms(z, y)):
+        g, e = torch.autograd.grad(got, x, retain_graph=True)[0].double(), torch.autograd.grad(expected, z, retain_graph=True)[0]
+        assert abs(got.item() - expected.item()) <= 1e-5 * abs(expected.item()) and (g - e).norm() <= 1e-5 * e.norm()
+
+@pytest.mark.parametrize('rectify', ['abs', 'none'])
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+def test_without_the_check_what_is_not_finite_reaches_the_terms(rectify, bad):
+    "A loss whose check is turned off must not hide it: the callback looks at the terms instead"
+    A = torch.rand(6, 4); A[2, 1] = bad
+    loss = GiniKLLoss(rectify=rectify); loss._check_finite = False
+    assert not any(t.isfinite() for t in loss.terms(A, torch.tensor([0, 1, 2, 0, 1, 2])))
 
 # ---- Fuzz ----
 
@@ -599,7 +682,7 @@ def test_fuzz(seed, m, c, n, layout, dtype, hostile, rectify, reverse, targets, 
         kind = [torch.float32, dtype][int(rng.integers(2))]
         y = {'soft': lambda: torch.tensor(rng.random((m, n))).softmax(1), 'multi-hot': lambda: torch.tensor(rng.random((m, n)) < .5).double(),
              'hostile soft': lambda: magnitudes(rng, (m, n), kind, True).double() / max(m*n, 1)}[targets]().to(kind)
-        if give_n: n_classes = n
+        if give_n or n == 1: n_classes = n
         Y, y = y.double().tolist(), strided(y, stride) if m else y
     loss = GiniKLLoss(rectify=rectify, reverse_kl=reverse, n_classes=n_classes, channel_dim=channel_dim, ignore_index=ignore_index)
     o = oracle(as_lists(A, channel_dim), Y, rectify, reverse, DEAD)

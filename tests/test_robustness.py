@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip('fastai', reason="the callback needs fastai")
@@ -134,6 +135,31 @@ def test_mixed_precision_as_a_user_switches_it_on(how):
     learn = get_learner(terms()); getattr(learn, how)()
     assert torch.isfinite(fit(learn)).all() and clean(learn) and learn.recorder.values[0][-2] > 0
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize('how,dtype,tolerance', [('to_fp16', torch.float16, 1e-3), ('to_bf16', torch.bfloat16, 1e-2)])
+def test_mixed_precision_on_a_gpu(how, dtype, tolerance):
+    "fastai's own switch: half activations in, float32 terms out, value and gradient against float64 on the CPU from the same activations; the network's gradient has no factor of the scaler"
+    seen, cb, keep = [], terms(), KeepGrad()
+    def cuda_dls(): dls = get_dls(); dls.cuda(); dls.c = N; return dls
+    def learner(*cbs): return get_learner(*cbs, model=get_model().cuda(), loss=zero_loss, lr=0., dls=cuda_dls())
+    learn = getattr(learner(cb, keep), how)(); real = cb.losses[0].terms_and_live
+    def spy(A, y):
+        out = real(A, y); scale = 2.**10                                            # float16 gradients need a scale, here by hand
+        grads = [torch.autograd.grad(t*scale, A, retain_graph=True)[0].detach().cpu().double()/scale for t in out[:2]]
+        seen.append((A.detach().cpu(), y.detach().as_subclass(torch.Tensor).cpu(), [t.detach().cpu() for t in out[:2]], grads))
+        return out
+    cb.losses[0].terms_and_live = spy
+    fit(learn)
+    assert len(seen) == 4
+    for A, y, values, grads in seen:
+        assert A.dtype == dtype and all(v.dtype == torch.float32 and v.isfinite() for v in values)
+        x = A.double().requires_grad_()
+        for v, g, e in zip(values, grads, GiniKLLoss().terms(x, y)):
+            assert relative(v, e) < tolerance and relative(g, torch.autograd.grad(e, x, retain_graph=True)[0]) < tolerance
+    single = learner(terms(), KeepGrad()); fit(single)
+    assert keep.grad.isfinite().all() and relative(keep.grad, single.keep_grad.grad) < 5e-2
+    assert clean(learn)
+
 def test_a_step_that_the_scaler_skips_leaves_the_next_one_right():
     class Overflow(Callback):
         order, run_valid = 9, False
@@ -200,6 +226,69 @@ def test_the_term_sees_the_labels_of_the_mixed_images(mix, loss):
     spy = Spy()
     learn = get_learner(*([mix()] if mix else []), terms(), spy, loss=func(), dls=get_dls(one_hot=one_hot)); fit(learn)
     assert spy.n == 4 and clean(learn)
+
+@pytest.mark.parametrize('running', [None, 3])
+def test_ignored_labels_among_mixed_ones(running):
+    "An image mixed of a class and of nothing counts with the share of the class"
+    dls = get_dls(); y = Y.clone(); y[::5] = -100
+    dls.train.dataset[:] = list(zip(X, y))
+    learn = get_learner(MixUp(), terms(running=running), loss=CrossEntropyLossFlat(ignore_index=-100), dls=dls)
+    assert fit(learn).isfinite().all() and learn.recorder.values[-1][-2] > 0
+
+@pytest.mark.parametrize('mix', [MixUp, CutMix])
+def test_mixed_labels_do_not_grow_with_the_number_of_classes(mix):
+    "The callback makes no matrix of all classes: a million cost the bytes of many, and give the numbers of few"
+    found = {}
+    for n in (1000, 10**6):
+        learn, mixer = get_learner(), mix()
+        mixer.learn, mixer.stack_y, mixer.lam, mixer.yb1 = learn, True, torch.linspace(0, 1, 16), (Y[:16].flip(0),)
+        learn.cbs = L(mixer)
+        A, sizes = torch.rand(16, 12, 4, generator=torch.Generator().manual_seed(0)).requires_grad_(), []
+        class Sizes(TorchDispatchMode):
+            def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+                out = op(*args, **(kwargs or {}))
+                sizes.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor))
+                return out
+        with Sizes():
+            y = callback._mixed_targets(Y[:16], learn)
+            values = GiniKLLoss(n_classes=n).terms_and_live(A, y)
+            bounds = callback._bounds(GiniKLLoss(n_classes=n), *values, y)
+            grad, = torch.autograd.grad(values[0] + values[1], A)
+        found[n] = *values[:2], grad, *bounds
+        assert max(sizes) <= A.numel()                                             # neither (m, n) nor (c, n): 16,000 and 12,000 at a thousand classes
+    for a, b in zip(*found.values()): torch.testing.assert_close(a, b, rtol=0, atol=0)
+    dense = mixer.lam[:, None]*F.one_hot(Y[:16], N) + (1 - mixer.lam[:, None])*F.one_hot(Y[:16].flip(0), N)
+    x = A.detach().requires_grad_()
+    values = GiniKLLoss().terms_and_live(x, dense)
+    for a, b in zip(found[10**6], (*values[:2], torch.autograd.grad(values[0] + values[1], x)[0], *callback._bounds(GiniKLLoss(), *values, dense))):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+# ---- Not finite ----
+
+def test_on_a_gpu_the_callback_looks_for_what_is_not_finite_itself():
+    "A check that fails on a GPU would end the process's use of it: there the loss is told not to check, after_train does, and names the layer. On the CPU the loss says it at once"
+    seen = []
+    for on_gpu in (False, True):
+        cb = terms(); learn = get_learner(cb, loss=zero_loss); real = cb.losses[0].terms_and_live
+        def spy(A, y):
+            seen.append(cb.losses[0]._check_finite)
+            cb.losses[0]._check_finite = seen[-1] and not on_gpu                    # this machine's tensors are on the CPU
+            return real(A*float('nan'), y)
+        cb.losses[0].terms_and_live = spy
+        with pytest.raises(ValueError) as e: fit(learn)
+        assert "layer '3'" in str(e.value) and ('became NaN or infinite in epoch 0' if on_gpu else 'in 12 of 12 channels') in str(e.value)
+        assert clean(learn)
+    assert seen == [True]*5
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+    cb = terms(); learn = get_learner(cb, loss=zero_loss); flags = []
+    def stop(A, y): flags.append(cb.losses[0]._check_finite); raise KeyboardInterrupt
+    cb.losses[0].terms_and_live = stop
+    real = FeatureTap.pop
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureTap, 'pop', lambda self: real(self).as_subclass(OnGPU))
+        with pytest.raises(KeyboardInterrupt): fit(learn)
+    assert flags == [False] and GiniKLLoss()._check_finite
 
 # ---- The other things that a Learner does ----
 
@@ -321,13 +410,52 @@ def test_a_thousand_steps_keep_nothing():
             if step in (100, 1000): counts[step] = n_tensors()
     assert counts[1000] <= counts[100]
 
-def test_a_long_fit_keeps_no_more_than_one_without_the_terms():
-    "fastai's recorder itself keeps numbers of each batch; the callback adds nothing to that"
-    def growth(*cbs):
-        learn = get_learner(*cbs)
-        fit(learn, 2); before = n_tensors()
-        fit(learn, 30); return n_tensors() - before
-    assert growth(terms()) <= growth() + 4                                             # a few of the last epoch's sums may be there
+class LiveBytes(TorchDispatchMode):
+    "Bytes of the storages that were made and have not been freed, by whomever they are held: Python, autograd, or another tensor"
+    def __init__(self): super().__init__(); self.bytes, self.known = 0, set()
+    def freed(self, key, size): self.bytes -= size; self.known.discard(key)
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if not isinstance(t, torch.Tensor): continue
+            s = t.untyped_storage()
+            if s._cdata not in self.known:
+                self.known.add(s._cdata); self.bytes += s.nbytes()
+                weakref.finalize(s, self.freed, s._cdata, s.nbytes())
+        return out
+
+def test_live_bytes_sees_what_autograd_holds():
+    "The measure of the next test"
+    with LiveBytes() as live:
+        x = torch.ones(1000, requires_grad=True)
+        before = live.bytes; y = (x*2).exp().sum(); gc.collect()
+        assert live.bytes - before >= 4000                                             # the result of exp, which only autograd holds
+        del y; gc.collect(); assert live.bytes == before
+
+def growth(*cbs, epochs=250):
+    "Tensors and bytes alive after so many epochs of 4 steps, more than after 2"
+    with LiveBytes() as live:
+        learn = get_learner(*cbs, dls=get_dls(bs=4, images=16))
+        learn._do_epoch_validate = lambda *args, **kwargs: None                        # steps of training alone
+        fit(learn, 2); gc.collect(); before = n_tensors(), live.bytes
+        fit(learn, epochs); gc.collect()
+        return n_tensors() - before[0], live.bytes - before[1]
+
+def test_a_thousand_steps_of_a_learner_keep_no_more_than_without_the_terms():
+    "fastai's recorder itself keeps numbers of each batch; the callback adds nothing to that, neither tensors nor bytes"
+    (tensors, size), (tensors_without, size_without) = growth(terms()), growth()
+    assert tensors <= tensors_without + 4 and size <= size_without + 1000              # a few of the last epoch's sums may be there
+
+def test_what_grows_is_seen():
+    "The test above can fail: a number kept in each step, or the graph behind it"
+    class Keep(Callback):
+        run_valid = False
+        def __init__(self, graph): self.kept, self.graph = [], graph
+        def after_loss(self): self.kept.append(self.learn.model[:2](self.learn.x).square().sum() if self.graph else self.learn.loss.detach().clone())
+    plain = growth(epochs=10)
+    for graph in (False, True):
+        tensors, size = growth(Keep(graph), epochs=10)
+        assert tensors >= plain[0] + 40 and size >= plain[1] + (40_000 if graph else 160)
 
 def test_activations_do_not_outlive_their_step():
     refs, cb = [], terms()
