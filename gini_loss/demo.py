@@ -10,13 +10,10 @@ __all__ = ['DEFAULTS', 'QUICK', 'DemoData', 'demo_data', 'inspect_layer', 'class
 import argparse, difflib, math, os, shlex, shutil, sys, tempfile, textwrap, time, warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 import torch
 from .losses import Diagnostics, GiniKLLoss, diagnostics, pool
 from .tap import FeatureTap, find_channel_dim
-if TYPE_CHECKING:
-    import matplotlib.figure
-    from fastai.data.core import DataLoaders
 
 # %% ../nbs/12_demo.ipynb #a3e04dcc
 class DemoData(NamedTuple):
@@ -235,7 +232,7 @@ class Demo:
         self.steps = s['epochs'] * (n // s['batch_size']) * 2 * seeds
         self._try_layer()
 
-    def loaders(self, seed: int) -> 'DataLoaders':
+    def loaders(self, seed: int) -> Any:
         "fastai `DataLoaders` whose order and crops depend on `seed` alone"
         from gini_loss.data import device_dls
         digits, size = self.settings['data'] == 'digits', self.data.train[0].shape[-1]
@@ -379,7 +376,7 @@ def _by_preference(d):
 # %% ../nbs/12_demo.ipynb #60e1ad62
 def plot_demo(
     result: DemoResult, # `DemoResult` of `run_demo`
-) -> 'matplotlib.figure.Figure':
+) -> Any:
     "Figure: class probabilities of each channel and channels per class, cross-entropy above, with the terms below"
     import matplotlib
     from matplotlib.figure import Figure # without pyplot: needs no display and leaves nothing open
