@@ -105,17 +105,14 @@ class OnCPU(MixedPrecision):
         half = torch.float16 if self.amp_mode == AMPMode.FP16 else torch.bfloat16
         self.autocast, self.learn.scaler, self.scales = torch.autocast('cpu', half), torch.amp.GradScaler('cpu', init_scale=2.**10, enabled=half == torch.float16), L()
 
-@pytest.mark.parametrize('mode,dtype,tolerance', [(AMPMode.FP16, torch.float16, 1e-3), (AMPMode.BF16, torch.bfloat16, 1e-2)])
-def test_autocast_and_gradscaler(mode, dtype, tolerance):
-    "Half activations come in, float32 terms go out, right to the precision of the input; the scaler reaches the terms"
-    seen, cb, keep = [], terms(), KeepGrad()
-    learn = get_learner(OnCPU(mode), cb, keep, loss=zero_loss, lr=0.)
-    real = cb.losses[0].terms_and_live
+def fit_against_float64(learn, cb, dtype, tolerance):
+    "Fit; in each of the four steps the terms and their gradients are those of float64 on the CPU from the same activations, which came in as `dtype`"
+    seen, real = [], cb.losses[0].terms_and_live
     def spy(A, y):
         out = real(A, y)
         scale = 2.**10                                                             # float16 needs the scaler, here by hand
-        grads = [torch.autograd.grad(t*scale, A, retain_graph=True)[0].double()/scale for t in out[:2]]
-        seen.append((A.detach(), y, [t.detach() for t in out[:2]], grads))
+        grads = [torch.autograd.grad(t*scale, A, retain_graph=True)[0].detach().cpu().double()/scale for t in out[:2]]
+        seen.append((A.detach().cpu(), y.detach().as_subclass(torch.Tensor).cpu(), [t.detach().cpu() for t in out[:2]], grads))
         return out
     cb.losses[0].terms_and_live = spy
     fit(learn)
@@ -125,6 +122,13 @@ def test_autocast_and_gradscaler(mode, dtype, tolerance):
         x = A.double().requires_grad_()
         for v, g, e in zip(values, grads, GiniKLLoss().terms(x, y)):
             assert relative(v, e) < tolerance and relative(g, torch.autograd.grad(e, x, retain_graph=True)[0]) < tolerance
+
+@pytest.mark.parametrize('mode,dtype,tolerance', [(AMPMode.FP16, torch.float16, 1e-3), (AMPMode.BF16, torch.bfloat16, 1e-2)])
+def test_autocast_and_gradscaler(mode, dtype, tolerance):
+    "Half activations come in, float32 terms go out, right to the precision of the input; the scaler reaches the terms"
+    cb, keep = terms(), KeepGrad()
+    learn = get_learner(OnCPU(mode), cb, keep, loss=zero_loss, lr=0.)
+    fit_against_float64(learn, cb, dtype, tolerance)
     single = get_learner(terms(), KeepGrad(), loss=zero_loss, lr=0.); fit(single)
     assert relative(keep.grad, single.keep_grad.grad) < 5e-2                          # the network's own half precision, not a factor of 1024
     assert clean(learn)
@@ -139,23 +143,11 @@ def test_mixed_precision_as_a_user_switches_it_on(how):
 @pytest.mark.parametrize('how,dtype,tolerance', [('to_fp16', torch.float16, 1e-3), ('to_bf16', torch.bfloat16, 1e-2)])
 def test_mixed_precision_on_a_gpu(how, dtype, tolerance):
     "fastai's own switch: half activations in, float32 terms out, value and gradient against float64 on the CPU from the same activations; the network's gradient has no factor of the scaler"
-    seen, cb, keep = [], terms(), KeepGrad()
+    cb, keep = terms(), KeepGrad()
     def cuda_dls(): dls = get_dls(); dls.cuda(); dls.c = N; return dls
     def learner(*cbs): return get_learner(*cbs, model=get_model().cuda(), loss=zero_loss, lr=0., dls=cuda_dls())
-    learn = getattr(learner(cb, keep), how)(); real = cb.losses[0].terms_and_live
-    def spy(A, y):
-        out = real(A, y); scale = 2.**10                                            # float16 gradients need a scale, here by hand
-        grads = [torch.autograd.grad(t*scale, A, retain_graph=True)[0].detach().cpu().double()/scale for t in out[:2]]
-        seen.append((A.detach().cpu(), y.detach().as_subclass(torch.Tensor).cpu(), [t.detach().cpu() for t in out[:2]], grads))
-        return out
-    cb.losses[0].terms_and_live = spy
-    fit(learn)
-    assert len(seen) == 4
-    for A, y, values, grads in seen:
-        assert A.dtype == dtype and all(v.dtype == torch.float32 and v.isfinite() for v in values)
-        x = A.double().requires_grad_()
-        for v, g, e in zip(values, grads, GiniKLLoss().terms(x, y)):
-            assert relative(v, e) < tolerance and relative(g, torch.autograd.grad(e, x, retain_graph=True)[0]) < tolerance
+    learn = getattr(learner(cb, keep), how)()
+    fit_against_float64(learn, cb, dtype, tolerance)
     single = learner(terms(), KeepGrad()); fit(single)
     assert keep.grad.isfinite().all() and relative(keep.grad, single.keep_grad.grad) < 5e-2
     assert clean(learn)
