@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from functools import lru_cache, partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -631,13 +631,21 @@ def _version(name):
 
 @lru_cache(maxsize=1) # asked when the first run begins: the sources may change under a process that runs for days
 def _commit():
-    "Commit of the sources that run, and whether they differ from it; None outside a git checkout of this project"
+    "Commit of the sources that run, and whether they differ from it (None: not known). Asked in turn: a git checkout, GINI_LOSS_COMMIT, pip's note of a git address; else None"
     folder = Path(gini_loss.__file__).parent
     def git(*args): return subprocess.run(['git', '-C', str(folder), *args], capture_output=True, text=True, timeout=20)
     try:
-        if git('ls-files', '--error-unmatch', 'train.py').returncode: return None
-        return dict(commit=git('rev-parse', 'HEAD').stdout.strip(), modified=bool(git('status', '--porcelain', '--untracked-files=no', '--', '.').stdout.strip()))
-    except (OSError, subprocess.SubprocessError): return None
+        if not git('ls-files', '--error-unmatch', 'train.py').returncode:
+            return dict(commit=git('rev-parse', 'HEAD').stdout.strip(), modified=bool(git('status', '--porcelain', '--untracked-files=no', '--', '.').stdout.strip()))
+    except (OSError, subprocess.SubprocessError): pass
+    if given := os.environ.get('GINI_LOSS_COMMIT'):
+        if not re.fullmatch('[0-9a-f]{40}', given): raise ValueError(f"GINI_LOSS_COMMIT is {given!r}: give the 40 hexadecimal digits that `git rev-parse HEAD` prints where the sources were taken, or unset it")
+        return dict(commit=given, modified=None)
+    try: # PEP 610
+        installed = distribution('gini_loss')
+        if Path(installed.locate_file('gini_loss')).resolve() != folder.resolve(): return None
+        return dict(commit=json.loads(installed.read_text('direct_url.json'))['vcs_info']['commit_id'], modified=None)
+    except (PackageNotFoundError, TypeError, KeyError, ValueError): return None
 
 def _cpu_name():
     try:

@@ -38,6 +38,30 @@ def assert_same(config, a, b):
     x, y = arrays(a, config), arrays(b, config)
     assert x.keys() == y.keys() and all(np.array_equal(x[k], y[k]) for k in x)
 
+# --- where the sources are from
+
+def test_commit_of_sources_without_git(tmp_path, monkeypatch):
+    "Outside a checkout: what the variable says, else what pip noted of a git address, else nothing"
+    monkeypatch.delenv('GINI_LOSS_COMMIT', raising=False)
+    monkeypatch.setattr(engine.gini_loss, '__file__', str(tmp_path/'gini_loss'/'__init__.py'))
+    (tmp_path/'gini_loss').mkdir(); commit = engine._commit.__wrapped__
+    assert commit() is None
+    note = tmp_path/'gini_loss-0.1.0.dist-info'; note.mkdir()
+    (note/'METADATA').write_text('Metadata-Version: 2.1\nName: gini_loss\nVersion: 0.1.0\n')
+    monkeypatch.setattr(engine, 'distribution', lambda name: __import__('importlib.metadata').metadata.Distribution.at(note))
+    assert commit() is None
+    for text, expected in (('{"url": "https://example.org/x.whl", "archive_info": {}}', None), ('{', None), ('[]', None),
+                           (json.dumps(dict(url='https://example.org/x.git', vcs_info=dict(vcs='git', commit_id='1f'*20))), dict(commit='1f'*20, modified=None))):
+        (note/'direct_url.json').write_text(text)
+        assert commit() == expected
+    monkeypatch.setenv('GINI_LOSS_COMMIT', 'ab'*20)
+    assert commit() == dict(commit='ab'*20, modified=None)
+    monkeypatch.setenv('GINI_LOSS_COMMIT', 'main')
+    with pytest.raises(ValueError, match="GINI_LOSS_COMMIT is 'main'.*40 hexadecimal"): commit()
+    monkeypatch.setattr(engine.gini_loss, '__file__', str(tmp_path/'elsewhere'/'gini_loss'/'__init__.py'))
+    monkeypatch.delenv('GINI_LOSS_COMMIT')
+    assert commit() is None     # pip's note is of another copy
+
 # --- configurations
 
 def test_paper_recipes():
