@@ -6,7 +6,7 @@
 __all__ = ['STUDIES', 'Study', 'list_studies', 'load_study', 'RunState', 'study_state', 'print_state', 'run_study', 'main']
 
 # %% ../nbs/25_studies.ipynb #dd767b46
-import argparse, configparser, json, math, os, subprocess, sys, time
+import argparse, configparser, contextlib, ctypes, json, math, os, signal, subprocess, sys, threading, time
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 import gini_loss
-from .train import (CheckpointError, Config, RECIPES, RunLocked, _add_run_options, _device, _distributed, _message, _one_or_more, _parse, _rank, check_folders, find_record, is_locked,
+from .train import (CheckpointError, Config, DataNotFound, RECIPES, RunLocked, _add_run_options, _agree, _device, _distributed, _message, _one_or_more, _parse, _rank, _world_size, check_folders, find_record, is_locked,
                              read_checkpoint_header, recipe, train)
 
 # %% ../nbs/25_studies.ipynb #6b07419a
@@ -132,6 +132,8 @@ def print_state(
           f"{_duration(known)} left" + (f", and {sum(e != e for e in left)} runs of unknown length" if any(e != e for e in left) else ''))
 
 # %% ../nbs/25_studies.ipynb #13ad8c44
+_LOST_DEVICE = getattr(torch, 'AcceleratorError', ()) # an assertion or a wrong address on a GPU: all that follows in the process fails as well
+
 def run_study(
     study: Study, # `Study`
     results: str | Path = 'results', # folder of the records; new ones go into a folder below it that has the study's name
@@ -139,23 +141,37 @@ def run_study(
     budget: float | None = None, # seconds; nothing is started that cannot be finished or checkpointed in them. None: no limit
     **options: Any, # further arguments of `train`
 ) -> dict[str, int]:
-    "Train what has no record, in order. Returns a dict: counts of runs done, failed, left to others (locked) and not started or stopped for time"
+    "Train what has no record, in order. Returns a dict: counts of runs done, failed, left to others (locked) and not started or stopped for time. DataNotFound without the images"
     deadline = None if budget is None else time.monotonic() + budget
     counts = dict(done=0, failed=0, locked=0, no_time=0)
-    for config in study.configs:
+    queue, again = list(study.configs), set()
+    while queue:
+        config = queue.pop(0)
         if deadline is not None:
             each = _seconds_per_epoch(results).get(_cost_key(config), 0.)
-            if time.monotonic() + 1.1*each >= deadline:
+            now = time.monotonic()
+            if (now if _world_size() == 1 else _agree(now)) + 1.1*each >= deadline:
                 counts['no_time'] += 1
                 continue
-        try:
-            record = train(config, results, checkpoints, folder=study.name, deadline=deadline, **options)
-            counts['done' if record is not None else 'no_time'] += 1
+        try: record = train(config, results, checkpoints, folder=study.name, deadline=deadline, **options)
         except RunLocked: counts['locked'] += 1
+        except DataNotFound: raise # no other run can do better
         except (CheckpointError, ValueError, OSError, RuntimeError) as e:
-            if isinstance(e, FileNotFoundError): raise # the data are absent: no other run can do better
+            if isinstance(e, torch.OutOfMemoryError) and config.run_id not in again and queue:
+                again.add(config.run_id)
+                queue.append(config)
+                print(f'{config.run_id}  out of memory: tried once more after the others', file=sys.stderr, flush=True)
+                continue
             print(f'{config.run_id}  failed: {_message(e)}', file=sys.stderr, flush=True)
             counts['failed'] += 1
+            if isinstance(e, _LOST_DEVICE) and not isinstance(e, torch.OutOfMemoryError):
+                print(f'the GPU cannot be used by this process any more: start the command again for the other {len(queue)} runs', file=sys.stderr, flush=True)
+                break
+        else:
+            counts['done' if record is not None else 'no_time'] += 1
+            if record is None: # the rest would be begun and stopped in what little is left
+                counts['no_time'] += len(queue)
+                break
     return counts
 
 # %% ../nbs/25_studies.ipynb #152437a6
@@ -190,11 +206,12 @@ def main(
         if args.device is not None: _device(args.device)
         check_folders(Path(args.results)/study.name, args.checkpoints)
         if args.workers > 1:
-            codes = _run_workers(args.workers, argv)
+            codes = _run_workers(args.workers, argv, args.budget)
             left = sum(o.state != 'done' for o in study_state(study, args.results, args.checkpoints))
             return 1 if any(code not in (0, 3) for code in codes) else 3 if left else 0 # a worker does not know what became of the others' runs
         if args.threads: torch.set_num_threads(args.threads)
         with _distributed(args.device) as device:
+            if 'GINI_LOSS_DEADLINE' in os.environ: args.budget = float(os.environ['GINI_LOSS_DEADLINE']) - time.monotonic() # as the starting process counts
             counts = run_study(study, args.results, args.checkpoints, args.budget, data_root=args.data_root, caltech_root=args.caltech_root,
                                device=device, restart=args.restart, checkpoint_every=args.checkpoint_every)
             if _rank() == 0: print(f"{study.name}: " + ', '.join(f'{n} {k.replace("_", " ")}' for k, n in counts.items()))
@@ -203,16 +220,30 @@ def main(
         return 1
     return 1 if counts['failed'] else 3 if counts['locked'] or counts['no_time'] else 0
 
-def _run_workers(n, argv):
-    "`n` processes of the same command, their exit statuses: the locks share out the runs"
-    env = dict(os.environ)
+def _run_workers(n, argv, budget=None):
+    "`n` processes of the same command, their exit statuses: the locks share out the runs. They end with this process"
+    env = dict(os.environ, GINI_LOSS_WORKERS=str(n), GINI_LOSS_PARENT=str(os.getpid()))
+    if budget is not None: env['GINI_LOSS_DEADLINE'] = str(time.monotonic() + budget)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     env.setdefault('OMP_NUM_THREADS', str(max(1, cores//n)))
     workers = [subprocess.Popen([sys.executable, '-m', 'gini_loss.study', *argv, '--workers', '1'], env=env) for _ in range(n)]
+    here = threading.current_thread() is threading.main_thread()
+    if here: before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try: return [w.wait() for w in workers]
     except BaseException:
         for w in workers: w.terminate()
+        for w in workers: w.wait()
         raise
+    finally:
+        if here: signal.signal(signal.SIGTERM, before)
+
+def _end_with_parent():
+    "In a worker, on Linux: the system ends this process when the one that started it is gone, however that ended"
+    if 'GINI_LOSS_PARENT' not in os.environ or not sys.platform.startswith('linux'): return
+    with contextlib.suppress(OSError, AttributeError): ctypes.CDLL(None).prctl(1, int(signal.SIGTERM)) # PR_SET_PDEATHSIG
+    if os.getppid() != int(os.environ['GINI_LOSS_PARENT']): sys.exit(143)
 
 # %% ../nbs/25_studies.ipynb #06c040cd
-if __name__ == '__main__' and 'get_ipython' not in globals(): sys.exit(main())
+if __name__ == '__main__' and 'get_ipython' not in globals():
+    _end_with_parent()
+    sys.exit(main())

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['LOSSES', 'RECIPES', 'RECORD_FORMAT', 'Config', 'recipe', 'load_images', 'build_dls', 'build_model', 'EpochLog',
            'LearningRate', 'KeepBest', 'Progress', 'cross_entropy', 'build_learner', 'CheckpointError', 'RunLocked',
-           'save_checkpoint', 'read_checkpoint_header', 'load_checkpoint', 'RunLock', 'is_locked', 'Checkpoint',
-           'Deadline', 'predict', 'environment', 'write_record', 'check_folders', 'find_record', 'train', 'main']
+           'DataNotFound', 'save_checkpoint', 'read_checkpoint_header', 'load_checkpoint', 'RunLock', 'is_locked',
+           'Checkpoint', 'Deadline', 'predict', 'environment', 'write_record', 'check_folders', 'find_record', 'train',
+           'main']
 
 # %% ../nbs/23_train.ipynb #e3370cc4
-import argparse, contextlib, copy, gc, hashlib, io, json, os, platform, re, struct, subprocess, sys, tempfile, time, types, typing, warnings
+import argparse, contextlib, copy, gc, hashlib, io, json, os, platform, re, statistics, struct, subprocess, sys, tempfile, time, types, typing, warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
@@ -74,7 +75,7 @@ class Config:
     padding: int = 4 # random crop of the image padded by as many pixels
     flip: float = 0.5 # probability of a horizontal flip
     rotation: float = 0. # random rotation by up to as many degrees
-    precision: str = 'float32' # float32, bfloat16 (autocast) or float64
+    precision: str = 'float32' # float32 (in TF32 where torch lets a GPU's convolutions do so), bfloat16 (autocast) or float64
     channels_last: bool = False # memory format of images and weights
     compile: bool = False # torch.compile
 
@@ -322,7 +323,7 @@ class KeepBest(Callback):
 
 class Progress(Callback):
     "A line per epoch; on a terminal, between them, where the epoch stands and the time left"
-    order = 58
+    order = 59
     def __init__(self, run_id: str, file: TextIO | None = None) -> None: self.run_id, self.file, self.shown = run_id, file or sys.stdout, 0.
     def before_fit(self) -> None: self.start, self.steps = time.perf_counter(), 0
     def _left(self):
@@ -377,6 +378,15 @@ class _RunLearner(Learner):
 
 def cross_entropy(pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor: return F.cross_entropy(pred if pred.dtype == torch.float64 else pred.float(), y)
 
+_compiled_for: list = [None]
+
+def _compile(model, config):
+    "`torch.compile` for batches of fixed size. All networks of a kind share their code, and torch keeps few graphs for one piece of code: those of other configurations are dropped first"
+    graph = (config.arch, config.width, config.layer, config.precision, config.channels_last, config.dropout, config.final_relu, config.bs, config.data)
+    if graph != _compiled_for[0]: torch._dynamo.reset()
+    _compiled_for[0] = graph
+    return torch.compile(model, dynamic=False) # left to itself, torch takes the batch size for variable once validation has another one
+
 _OPTIMIZERS = dict(adam=torch.optim.Adam, adamax=torch.optim.Adamax, sgd=torch.optim.SGD)
 
 def build_learner(
@@ -390,7 +400,7 @@ def build_learner(
     if _world_size() > 1:
         _share_batch_statistics(model, dls.device)
         model = nn.parallel.DistributedDataParallel(model, device_ids=[dls.device] if dls.device.type == 'cuda' else None)
-    if config.compile: model = torch.compile(model)
+    if config.compile: model = _compile(model, config)
     opt_func = partial(OptimWrapper, opt=_OPTIMIZERS[config.optimizer], weight_decay=config.weight_decay,
                        **(dict(momentum=config.momentum) if config.optimizer == 'sgd' else {}))
     terms = GiniLossCallback(config.layer, config.lambda_gini, config.lambda_kl, config.start_epoch, config.rectify, config.reverse_kl)
@@ -403,6 +413,7 @@ def build_learner(
 # %% ../nbs/23_train.ipynb #3c985a76
 class CheckpointError(RuntimeError): "A checkpoint that cannot be used; the message names the file and what is wrong"
 class RunLocked(RuntimeError): "Another process is at the same run"
+class DataNotFound(FileNotFoundError): "The images of a run are not where they were looked for; the message says where, and how to get them"
 
 _MAGIC = b'gini_loss checkpoint 1\n'
 
@@ -522,13 +533,21 @@ def is_locked(
 
 # %% ../nbs/23_train.ipynb #7a8bf42a
 class Checkpoint(Callback):
-    "Saves the whole run at the end of each epoch, and puts it back before the first one"
-    order = 57
-    def __init__(self, path: str | Path, config: Config, every: int = 1) -> None: self.path, self.config, self.every, self.state, self.seconds, self.sessions = Path(path), config, every, None, 0., 1
-    def load(self, device: str | torch.device) -> int:
+    "Saves the whole run at the end of an epoch, and puts it back before the first one"
+    order = 58
+    def __init__(self,
+        path: str | Path, # file of the checkpoint
+        config: Config, # `Config` of the run
+        every: int | None = None, # epochs between two checkpoints; None: as many as keep the time for saving to a twentieth
+        limit: Any = None, # a `Deadline`: before it ends the fit, the run is saved
+    ) -> None:
+        self.path, self.config, self.every, self.limit, self.state, self.seconds, self.sessions = Path(path), config, every, limit, None, 0., 1
+        self._wait_until = 0.
+    def load(self) -> int:
         "First epoch to train: 0, or the one after the checkpoint's"
         if not self.path.exists(): return 0
-        header, self.state = load_checkpoint(self.path, self.config, device)
+        # read to the CPU: what belongs on the device is copied there, and Adam's counters stay where no step has to wait for them
+        header, self.state = load_checkpoint(self.path, self.config)
         if not {'seconds', 'sessions', 'epoch'} <= set(header): raise CheckpointError(f"the header of {self.path} does not say which epoch it is of: {_ADVICE}")
         self.seconds, self.sessions = header['seconds'], header['sessions'] + 1
         return header['epoch'] + 1
@@ -544,29 +563,40 @@ class Checkpoint(Callback):
         self.learn.dls.train.load_state_dict(s['loader'])
     @property
     def elapsed(self) -> float: return self.seconds + time.perf_counter() - self.start
+    def _due(self, epoch):
+        if epoch + 1 == self.learn.n_epoch or self.limit is not None and self.limit.near: return True
+        return time.perf_counter() >= self._wait_until if self.every is None else (epoch + 1) % self.every == 0
     def after_epoch(self) -> None:
-        epoch = self.learn.epoch
-        if _rank() or ((epoch + 1) % self.every and epoch + 1 < self.learn.n_epoch): return
+        epoch, start = self.learn.epoch, time.perf_counter()
+        if _rank() or not self._due(epoch): return
         state = dict(model=self.learn.plain_model.state_dict(), optimizer=self.learn.opt.opt.state_dict(), learning_rate=self.learn.learning_rate.state_dict(),
                      best=self.learn.keep_best.state_dict(), columns=self.learn.epoch_log.columns, loader=self.learn.dls.train.state_dict())
         header = dict(run_id=self.config.run_id, config=asdict(self.config), epoch=epoch, seconds=self.elapsed, sessions=self.sessions)
         try: save_checkpoint(self.path, header, state)
         except OSError as e: warnings.warn(f"epoch {epoch} was not saved to {self.path} ({e.strerror or e}): the last good checkpoint stays, training goes on")
+        self._wait_until = time.perf_counter() + 19*(time.perf_counter() - start)
 
 # %% ../nbs/23_train.ipynb #489e9801
 class Deadline(Callback):
-    "Ends the fit before the deadline: between epochs if the next would not end in time, else in the middle of one, which is then trained again"
-    order = 59
-    def __init__(self, deadline: float) -> None: self.deadline, self.longest, self.reached = deadline, 0., False
+    "Ends the fit before the deadline: between epochs if the next would not end in time, else in the middle of one; the epochs since the last checkpoint are then trained again"
+    order = 57 # before Checkpoint, which saves when the end is near
+    def __init__(self,
+        deadline: float, # value of `time.monotonic()`
+    ) -> None: self.deadline, self.near, self.reached, self.epochs = deadline, False, False, []
     def _stop(self):
         self.reached = True
         raise CancelFitException()
     def before_epoch(self) -> None:
-        if self._time() + 1.1*self.longest > self.deadline: self._stop()
         self.start = self._time()
+        if self.near or self.start > self.deadline: self._stop()
     def after_batch(self) -> None:
-        if self.deadline < float('inf') and self._time() > self.deadline: self._stop()
-    def after_epoch(self) -> None: self.longest = max(self.longest, self._time() - self.start)
+        if self.deadline == float('inf') or _world_size() > 1 and self.learn.iter % 10: return # several processes have to ask each other
+        if self._time() > self.deadline: self._stop()
+    def after_epoch(self) -> None:
+        now = self._time()
+        self.epochs.append(now - self.start)
+        usual = self.epochs[1:][-5:] # the first of a session compiles and warms up: it says nothing about the next
+        self.near = now + (1.1*statistics.median(usual) if usual else 0) > self.deadline
     @staticmethod
     def _time(): return time.monotonic() if _world_size() == 1 else _agree(time.monotonic())
 
@@ -661,7 +691,9 @@ def environment(
     device = torch.device(device)
     hardware = dict(device=device.type, device_name=torch.cuda.get_device_name(device) if device.type == 'cuda' else _cpu_name(),
                     cpu=_cpu_name(), cores=len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
-                    threads=torch.get_num_threads(), processes=_world_size(), system=platform.system())
+                    threads=torch.get_num_threads(), processes=_world_size(), system=platform.system(),
+                    workers=int(os.environ.get('GINI_LOSS_WORKERS', 1)), # runs at a time, where `gini_study` shares out the machine
+                    tf32=torch.backends.cudnn.allow_tf32 if device.type == 'cuda' else None) # 'float32' convolutions in TF32, as torch does by default
     versions = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda if device.type == 'cuda' else None,
                     **{k: _version(k) for k in ('torchvision', 'fastai', 'numpy')}, gini_loss=gini_loss.__version__)
     return dict(hardware=hardware, versions=versions, source=_commit())
@@ -719,23 +751,32 @@ def train(
     device: str | torch.device | None = None, # torch device; None: a GPU if there is one
     deadline: float | None = None, # value of `time.monotonic()` by which to stop; None: no limit
     restart: bool = False, # forget a checkpoint of this run
-    checkpoint_every: int = 1, # epochs between two checkpoints
+    checkpoint_every: int | None = None, # epochs between two checkpoints; None: as many as keep the time for saving to a twentieth
     verbose: bool = True, # a line per epoch
 ) -> dict | None:
-    "Train a run, or continue it, and write its record: a dict. None if the deadline came first. RunLocked, CheckpointError, OSError (FileNotFoundError without the data), ValueError"
+    "Train a run, or continue it, and write its record: a dict. None if the deadline came first. RunLocked, CheckpointError, OSError (DataNotFound without the images), ValueError"
     where = _device(device if device is not None else 'cuda' if torch.cuda.is_available() else 'cpu')
-    if checkpoint_every < 1: raise ValueError(f"checkpoint_every must be at least 1 epoch, got {checkpoint_every}")
-    found = find_record(results, config)
-    if _world_size() > 1: found = _agree(found)
-    if found is not None: return json.loads(found.read_text())
-    check_folders(results if folder is None else Path(results)/folder, checkpoints)
+    if checkpoint_every is not None and checkpoint_every < 1: raise ValueError(f"checkpoint_every must be at least 1 epoch, got {checkpoint_every}")
     path = Path(checkpoints)/f'{config.run_id}.pt'
+    def recorded():
+        found = find_record(results, config), path.exists()
+        return _agree(found) if _world_size() > 1 else found
+    found, leftover = recorded()
+    if found is not None and not leftover: return json.loads(found.read_text())
+    check_folders(results if folder is None else Path(results)/folder, checkpoints)
     with _run_lock(path.with_suffix('.lock')), \
          torch.random.fork_rng([where] if where.type == 'cuda' else []), warnings.catch_warnings():
         warnings.filterwarnings('once', message='epoch .* was not saved')
-        if restart and _rank() == 0: path.unlink(missing_ok=True)
+        found, _ = recorded() # again: another process may have finished the run before this one locked it
+        if _rank() == 0:
+            for old in path.parent.glob(f'{path.name}.*.tmp'): old.unlink(missing_ok=True) # of a process that was killed while it saved
+            if restart or found is not None: path.unlink(missing_ok=True)
         if _world_size() > 1: dist.barrier()
-        return _train(config, results if folder is None else Path(results)/folder, path, data_root, caltech_root, where, deadline, checkpoint_every, verbose)
+        if found is not None: return json.loads(found.read_text())
+        try: return _train(config, results if folder is None else Path(results)/folder, path, data_root, caltech_root, where, deadline, checkpoint_every, verbose)
+        finally:
+            gc.collect() # a learner is full of cycles: the next run must not find the memory of this one still taken
+            if where.type == 'cuda': torch.cuda.empty_cache()
 
 def _device(name):
     "torch device called `name`. ValueError if there is none on this machine"
@@ -767,11 +808,13 @@ def _run_lock(path):
 
 def _train(config, results, path, data_root, caltech_root, device, deadline, every, verbose):
     start, _ = time.perf_counter(), _commit()
-    dls = build_dls(config, data_root, device)
+    try: dls = build_dls(config, data_root, device)
+    except FileNotFoundError as e: raise DataNotFound(str(e)) from e
     caltech = _caltech(config, caltech_root, dls)
-    checkpoint, limit = Checkpoint(path, config, every), Deadline(deadline if deadline is not None else float('inf'))
+    limit = Deadline(deadline if deadline is not None else float('inf'))
+    checkpoint = Checkpoint(path, config, every, limit)
     learn = build_learner(config, dls, [checkpoint, limit, *([Progress(config.run_id)] if verbose and _rank() == 0 else [])])
-    learn.first_epoch = checkpoint.load(device)
+    learn.first_epoch = checkpoint.load()
     if learn.first_epoch and verbose and _rank() == 0: print(f'{config.run_id}  continues after epoch {learn.first_epoch} of {config.epochs}', flush=True)
     if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
     learn.fit(config.epochs)
@@ -854,7 +897,7 @@ def _add_run_options(parser):
     parser.add_argument('--caltech-root', default=None, help="folder that holds caltech101/ (fastai's data folder)")
     parser.add_argument('--device', default=None, help='cpu, cuda, cuda:1 ... (a GPU if there is one)')
     parser.add_argument('--threads', type=_one_or_more, default=None, help='CPU threads of torch')
-    parser.add_argument('--checkpoint-every', type=_one_or_more, default=1, help='epochs between two checkpoints (1)')
+    parser.add_argument('--checkpoint-every', type=_one_or_more, default=None, metavar='EPOCHS', help='epochs between two checkpoints (as many as keep the time for saving to a twentieth)')
     parser.add_argument('--restart', action='store_true', help='forget the checkpoint of a run begun before')
 
 def main(
@@ -883,7 +926,7 @@ def main(
         with _distributed(args.device) as device:
             record = train(config, args.results, args.checkpoints, data_root=args.data_root, caltech_root=args.caltech_root, device=device,
                            deadline=None if args.budget is None else time.monotonic() + args.budget, restart=args.restart, checkpoint_every=args.checkpoint_every)
-    except (ValueError, TypeError, RunLocked, CheckpointError, OSError) as e:
+    except (ValueError, TypeError, RunLocked, CheckpointError, OSError, torch.OutOfMemoryError) as e:
         print(f'gini_train: {_message(e)}', file=sys.stderr)
         return 1
     return 0 if record is not None else 3

@@ -1,5 +1,5 @@
 "Studies: files, order, budget, workers, what is done and what is left. Synthetic images, one thread."
-import os, subprocess, sys, time, warnings
+import json, os, signal, subprocess, sys, time, warnings
 import pytest
 import torch
 warnings.filterwarnings('ignore', category=FutureWarning)
@@ -90,3 +90,65 @@ def test_workers_share_the_runs(tmp_path):
                           env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path/'r'/'small').glob('*.json'))) == 4 and not list((tmp_path/'c').glob('*'))
+
+def test_out_of_memory_is_tried_once_more_after_the_others(tmp_path, monkeypatch, capsys):
+    study, order = tiny(0, 1), []
+    def crowded(config, *args, **options):
+        order.append(config.run_id)
+        if config.run_id == study.configs[0].run_id or len(order) == 2: raise torch.OutOfMemoryError("CUDA out of memory")
+        return {}
+    monkeypatch.setattr(module, 'train', crowded)
+    assert run_study(study, **folders(tmp_path)) == dict(done=3, failed=1, locked=0, no_time=0)
+    ids = [c.run_id for c in study.configs]
+    assert order == [*ids, *ids[:2]] and 'tried once more' in capsys.readouterr().err
+
+def test_a_lost_gpu_ends_the_worker(tmp_path, monkeypatch, capsys):
+    class Lost(RuntimeError): pass
+    def lost(config, *args, **options): raise Lost("device-side assert triggered")
+    monkeypatch.setattr(module, '_LOST_DEVICE', Lost); monkeypatch.setattr(module, 'train', lost)
+    assert run_study(tiny(0, 1), **folders(tmp_path)) == dict(done=0, failed=1, locked=0, no_time=0)
+    assert 'start the command again for the other 3 runs' in capsys.readouterr().err
+
+def test_files_that_are_not_the_data_fail_one_run_only(tmp_path, monkeypatch):
+    def missing(config, *args, **options): raise FileNotFoundError(2, 'No such file', 'a cache')
+    monkeypatch.setattr(module, 'train', missing)
+    assert run_study(tiny(0, 1), **folders(tmp_path))['failed'] == 4
+
+def test_nothing_is_begun_in_the_time_that_a_stopped_run_left(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(module, 'train', lambda config, *args, **options: begun.append(config))
+    assert run_study(tiny(0, 1), **folders(tmp_path), budget=1000)['no_time'] == 4 and len(begun) == 1
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason="reads /proc")
+@pytest.mark.parametrize('how', ['SIGTERM', 'SIGKILL'])
+def test_workers_end_with_the_command(tmp_path, how):
+    (tmp_path/'long.ini').write_text('[runs]\npreset = test\nloss = ce both\nepochs = 100000\ntrain_per_class = 4\n')
+    p = subprocess.Popen([sys.executable, '-m', 'gini_loss.study', str(tmp_path/'long.ini'), '--workers', '2', '--results', str(tmp_path/'r'), '--checkpoints', str(tmp_path/'c'), '--device', 'cpu'],
+                         env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def wait(until):
+        end = time.monotonic() + 120
+        while not until():
+            assert time.monotonic() < end and time.sleep(.1) is None
+    children = lambda: [int(o) for o in open(f'/proc/{p.pid}/task/{p.pid}/children').read().split()]
+    def gone(pid):
+        try: return open(f'/proc/{pid}/stat').read().rpartition(')')[2].split()[0] == 'Z'
+        except OSError: return True
+    try:
+        wait(lambda: len(list((tmp_path/'c').glob('*.pt'))) == 2)
+        workers = children()
+        assert len(workers) == 2
+        p.send_signal(getattr(signal, how))
+        assert p.wait(60) == (143 if how == 'SIGTERM' else -signal.SIGKILL)
+        wait(lambda: all(map(gone, workers)))
+    finally: p.kill()
+
+def test_workers_share_the_deadline(tmp_path):
+    "The budget counts from the command's start, not from that of each worker; the records say how many ran at a time"
+    (tmp_path/'small.ini').write_text('[runs]\npreset = test\nloss = ce both\nseed = 0\nepochs = 2 100000\ntrain_per_class = 4\n')
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, '-m', 'gini_loss.study', str(tmp_path/'small.ini'), '--workers', '2', '--budget', '40', '--results', str(tmp_path/'r'), '--checkpoints', str(tmp_path/'c'), '--device', 'cpu'],
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+    assert done.returncode == 3 and time.monotonic() - start < 80, done.stderr
+    records = [json.loads(o.read_text()) for o in (tmp_path/'r'/'small').glob('*.json')]
+    assert len(records) == 2 and {o['hardware']['workers'] for o in records} == {2}
+    assert [o.state for o in study_state(load_study(tmp_path/'small.ini'), tmp_path/'r', tmp_path/'c') if o.config.epochs > 2] == ['stopped']*2

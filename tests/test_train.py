@@ -25,7 +25,7 @@ def one_thread():
 
 def small(**changes): return recipe('test', **{**dict(train_per_class=10, epochs=3), **changes})
 
-def run(config, where, **options): return train(config, where/'results', where/'checkpoints', verbose=False, device='cpu', **options)
+def run(config, where, **options): return train(config, where/'results', where/'checkpoints', **{**dict(verbose=False, device='cpu', checkpoint_every=1), **options})
 
 def comparable(record): return {k: ({n: c for n, c in v.items() if n != 'seconds'} if k == 'epochs' else v) for k, v in record.items() if k not in VOLATILE}
 
@@ -188,7 +188,7 @@ def test_stopped_within_an_epoch(tmp_path, monkeypatch):
 
 def command(folder, c, *more):
     options = [f"--{k.replace('_', '-')}={v}" for k, v in dict(train_per_class=c.train_per_class, epochs=c.epochs).items()]
-    return [sys.executable, '-m', 'gini_loss.train', '--preset', 'test', *options, '--device', 'cpu', '--results', str(folder/'results'), '--checkpoints', str(folder/'checkpoints'), *more]
+    return [sys.executable, '-m', 'gini_loss.train', '--preset', 'test', *options, '--device', 'cpu', '--results', str(folder/'results'), '--checkpoints', str(folder/'checkpoints'), '--checkpoint-every', '1', *more]
 
 def test_kill_9_at_random_points(tmp_path):
     c = small(epochs=6)
@@ -206,6 +206,108 @@ def test_kill_9_at_random_points(tmp_path):
     assert done.returncode == 0, done.stderr
     assert_same(c, tmp_path/'whole', folder)
     assert not list((folder/'checkpoints').glob('*.pt'))
+
+def test_deadline_saves_before_it_stops(tmp_path, monkeypatch):
+    "Also where checkpoints are far apart, and where the first epoch takes much longer than the others"
+    c = small(epochs=50)
+    class Slow(engine.Deadline):
+        def before_epoch(self):
+            super().before_epoch()
+            time.sleep(1. if self.learn.epoch == 0 else .05)
+    monkeypatch.setattr(engine, 'Deadline', Slow)
+    start = time.monotonic()
+    assert run(c, tmp_path, deadline=start + 4, checkpoint_every=1000) is None
+    first = read_checkpoint_header(tmp_path/'checkpoints'/f'{c.run_id}.pt')['epoch']
+    assert first >= 1       # the long first epoch did not count as the usual one
+    assert run(c, tmp_path, deadline=time.monotonic() + 3, checkpoint_every=1000) is None
+    assert read_checkpoint_header(tmp_path/'checkpoints'/f'{c.run_id}.pt')['epoch'] > first
+
+def test_saving_takes_a_twentieth_of_the_time(tmp_path, monkeypatch):
+    saved, save = [], engine.save_checkpoint
+    def slow(path, header, state):
+        saved.append(header['epoch'])
+        time.sleep(.5)
+        save(path, header, state)
+    monkeypatch.setattr(engine, 'save_checkpoint', slow)
+    c = small(epochs=12, train_per_class=4)
+    run(c, tmp_path, checkpoint_every=None)
+    assert saved[0] == 0 and saved[-1] == 11 and len(saved) < 6, saved
+    saved.clear()
+    run(c, tmp_path/'each', checkpoint_every=5)
+    assert saved == [4, 9, 11]
+
+def test_counters_of_adam_stay_on_the_cpu(stopped):
+    "Where they were on the device, each step would wait for it once per parameter"
+    c, folder, path = stopped
+    checkpoint = engine.Checkpoint(path, c)
+    assert checkpoint.load() == 1
+    parameters = [torch.nn.Parameter(torch.empty_like(o, device='meta')) for o in build_learner(c, build_dls(c, device='cpu')).plain_model.parameters()]
+    adam = torch.optim.Adam(parameters)
+    adam.load_state_dict(checkpoint.state['optimizer'])
+    assert {(s['step'].device.type, s['exp_avg'].device.type) for s in adam.state.values()} == {('cpu', 'meta')}
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_resumed_on_a_gpu(tmp_path, monkeypatch):
+    "Ends like a run that was never stopped, and no step of it waits for the device"
+    c = small()
+    class Stop(engine.Deadline):
+        def before_epoch(self):
+            if self.learn.epoch == 1 and self.learn.first_epoch == 0: self._stop()
+            super().before_epoch()
+    monkeypatch.setattr(engine, 'Deadline', Stop)
+    assert run(c, tmp_path, device='cuda') is None
+    step = torch.optim.Adam.step
+    def watched(self, *args):
+        torch.cuda.set_sync_debug_mode('error')
+        try: return step(self, *args)
+        finally: torch.cuda.set_sync_debug_mode('default')
+    monkeypatch.setattr(torch.optim.Adam, 'step', watched)
+    whole, parts = run(c, tmp_path/'whole', device='cuda'), run(c, tmp_path, device='cuda')
+    assert parts['epochs']['train_loss'] == pytest.approx(whole['epochs']['train_loss'], rel=1e-3)
+
+def test_finished_in_between(tmp_path, monkeypatch):
+    "Another process wrote the record after this one looked for it and before it had the lock: not trained again, and its leftovers go"
+    c = small(epochs=1, start_epoch=0)
+    done, lock, calls = run(c, tmp_path/'other'), engine.RunLock.__enter__, []
+    (tmp_path/'checkpoints').mkdir()
+    for name in (f'{c.run_id}.pt', f'{c.run_id}.pt.4711.tmp'): (tmp_path/'checkpoints'/name).write_bytes(b'of a killed process')
+    def enter(self):
+        (tmp_path/'other'/'results').rename(tmp_path/'results'/'theirs')
+        return lock(self)
+    monkeypatch.setattr(engine.RunLock, '__enter__', enter)
+    monkeypatch.setattr(engine, '_train', lambda *args: pytest.fail("trained again"))
+    (tmp_path/'results').mkdir()
+    assert run(c, tmp_path) == done
+    assert not list((tmp_path/'checkpoints').iterdir())
+
+def test_a_finished_run_leaves_nothing_in_memory(tmp_path):
+    import gc, weakref
+    kept, build = [], engine.build_learner
+    def watched(*args):
+        learn = build(*args)
+        kept.append(weakref.ref(learn.plain_model))
+        return learn
+    engine.build_learner = watched
+    gc.disable()
+    try:
+        for seed in range(2): run(small(epochs=1, start_epoch=0, seed=seed), tmp_path)
+        assert len(kept) == 2 and all(ref() is None for ref in kept)
+    finally:
+        gc.enable()
+        engine.build_learner = build
+
+def test_compiled_networks_are_not_mixed_up(monkeypatch):
+    "The graphs of another configuration are dropped; seeds and losses of one share theirs; the batch size is no variable"
+    reset, options = [], []
+    monkeypatch.setattr(torch._dynamo, 'reset', lambda: reset.append(1))
+    monkeypatch.setattr(torch, 'compile', lambda model, **k: options.append(k) or model)
+    monkeypatch.setattr(engine, '_compiled_for', [None])
+    made = [small(compile=True, seed=s, loss=l) for s in (0, 1) for l in ('ce', 'both')] + [small(compile=True, precision='bfloat16'), small(compile=True, width=4), small(compile=True, width=4)]
+    counts = []
+    for c in made:
+        build_learner(c, build_dls(c, device='cpu'))
+        counts.append(len(reset))
+    assert counts == [1, 1, 1, 1, 2, 3, 3] and options == [dict(dynamic=False)]*7
 
 # --- files
 
