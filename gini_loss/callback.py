@@ -155,7 +155,8 @@ class GiniLossCallback(Callback):
                 try: gini, kl, live = loss.terms_and_live(A, y)
                 except (ValueError, TypeError) as e: raise type(e)(f"layer {tap.name!r}: {e}") from e
             if on: total = total + sum(w*t for w, t in ((loss.lambda_gini, gini), (loss.lambda_kl, kl)) if w)
-            self._add(i, torch.stack([gini.detach(), kl.detach(), *_bounds(loss, gini, kl, live, y)]), live, len(y))
+            judged = not self._count[i] or self.learn.iter < 16 or self.learn.iter % 16 == 0 # for a warning once an epoch some batches are enough: on a GPU these are as many launches as the terms
+            self._add(i, torch.stack([gini.detach(), kl.detach(), *(_bounds(loss, gini, kl, live, y) if judged else ())]), live, len(y))
         if isinstance(total, torch.Tensor):
             self.learn.loss_grad = self.learn.loss_grad + total
             self.learn.loss = self.learn.loss + total.detach()
@@ -209,6 +210,8 @@ class GiniLossCallback(Callback):
     # --- sums over the epoch, kept on the device
     def _reset(self): self._sums, self._live, self._count = [0.]*len(self.losses), [None]*len(self.losses), [0]*len(self.losses)
     def _add(self, i, terms, live, m):
-        self._sums[i], self._count[i] = self._sums[i] + terms*m, self._count[i] + m
+        if isinstance(self._sums[i], torch.Tensor): self._sums[i][:len(terms)] += terms*m
+        else: self._sums[i] = terms*m
+        self._count[i] += m
         self._live[i] = live if self._live[i] is None else self._live[i] | live
     def _mean(self, i, t): return self._sums[i][t] / self._count[i] if self._count[i] else float('nan')

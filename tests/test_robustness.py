@@ -740,3 +740,28 @@ def test_judging_with_several_processes_asks_nobody(n_classes, monkeypatch):
     assert usable == 1 and gini == .75 and (flat == 0 if n_classes else flat.isnan())
     loss.distributed = False
     assert callback._bounds(loss, torch.tensor(.5), torch.tensor(0.), live, torch.tensor([0, 0, 1]))[2] == 0
+
+@pytest.mark.parametrize('skipped', [0, 20])
+def test_judging_some_batches_of_an_epoch(skipped, monkeypatch):
+    "The first sixteen and one of sixteen after that, and always the first that is trained on; the two terms are means over all"
+    judged, seen = [], []
+    real = callback._bounds
+    monkeypatch.setattr(callback, '_bounds', lambda *args: judged.append(cb.learn.iter) or real(*args))
+    class Skip(Callback):
+        order = -1
+        def before_batch(self):
+            if self.training and self.iter < skipped: raise CancelBatchException
+        def after_loss(self): pass
+    class See(Callback):
+        order = 5.5
+        def after_loss(self):
+            if self.training: seen.append(cb._sums[0][:2] / cb._count[0])
+    cb = terms()
+    k = -(-200//len(X))
+    data = Pairs(zip(torch.cat([X]*k)[:200], torch.arange(200) % N))
+    dls = DataLoaders(Loader(data, bs=4), Loader(Pairs(data[:32]), bs=16), device='cpu'); dls.c = N
+    learn = get_learner(cb, Skip(), See(), dls=dls)
+    assert told(learn) == []
+    assert judged == ([*range(16), 16, 32, 48] if not skipped else [20, 32, 48]) and len(seen) == 50 - skipped
+    means = [float(o) for o in seen[-1]]
+    assert len(cb._sums[0]) == 6 and means == pytest.approx([cb._mean(0, t).item() for t in (0, 1)]) and 0 < means[0] < 1
