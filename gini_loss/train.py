@@ -382,10 +382,14 @@ _compiled_for: list = [None]
 
 def _compile(model, config):
     "`torch.compile` for batches of fixed size. All networks of a kind share their code, and torch keeps few graphs for one piece of code: those of other configurations are dropped first"
-    graph = (config.arch, config.width, config.layer, config.precision, config.channels_last, config.dropout, config.final_relu, config.bs, config.data)
+    graph = (config.arch, config.width, config.layer, config.precision, config.channels_last, config.dropout, config.final_relu, config.bs, config.data, config.rectify, config.reverse_kl)
     if graph != _compiled_for[0]: torch._dynamo.reset()
     _compiled_for[0] = graph
     return torch.compile(model, dynamic=False) # left to itself, torch takes the batch size for variable once validation has another one
+
+def _compile_terms(terms):
+    "A few kernels for the terms in place of a hundred small ones, whose launches are most of what they cost on a GPU"
+    for loss in terms.losses: loss.terms_and_live = torch.compile(loss.terms_and_live, dynamic=False)
 
 _OPTIMIZERS = dict(adam=torch.optim.Adam, adamax=torch.optim.Adamax, sgd=torch.optim.SGD)
 
@@ -404,6 +408,7 @@ def build_learner(
     opt_func = partial(OptimWrapper, opt=_OPTIMIZERS[config.optimizer], weight_decay=config.weight_decay,
                        **(dict(momentum=config.momentum) if config.optimizer == 'sgd' else {}))
     terms = GiniLossCallback(config.layer, config.lambda_gini, config.lambda_kl, config.start_epoch, config.rectify, config.reverse_kl)
+    if config.compile and dls.device.type == 'cuda' and _world_size() == 1: _compile_terms(terms)
     # fastai's own Recorder and progress bar read a number from the device in each step: they are left out
     learn = _RunLearner(dls, model, loss_func=cross_entropy, opt_func=opt_func, lr=config.lr, default_cbs=False,
                         cbs=[TrainEvalCallback(), terms, EpochLog(config), LearningRate(config), KeepBest(), *cbs])

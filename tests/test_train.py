@@ -452,6 +452,21 @@ def test_switches_train(tmp_path, changes):
     record = run(small(epochs=2, **changes), tmp_path)
     assert record['epochs']['train_loss'][-1] < record['epochs']['train_loss'][0]
 
+def test_compiled_terms_and_eager_ones_agree():
+    "What the training engine does with the terms on a GPU, on this machine's device"
+    try: torch.compile(lambda x: x + 1)(torch.ones(2))
+    except Exception as e: pytest.skip(f"torch.compile does not work here ({type(e).__name__})")
+    c, columns = small(epochs=2, start_epoch=1), []
+    for compiled in (False, True):
+        learn = build_learner(c, build_dls(c, device='cpu'))
+        if compiled:
+            torch._dynamo.reset(); torch._dynamo.utils.counters.clear()
+            engine._compile_terms(learn.gini_loss)
+        learn.fit(2)
+        columns.append(learn.epoch_log.columns)
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 2 and not torch._dynamo.utils.counters['graph_break'] # with and without a gradient
+    for column in ('train_loss', 'train_gini', 'train_kl', 'train_total'): assert np.allclose(columns[0][column], columns[1][column], rtol=1e-3, atol=1e-4)
+
 def test_compiled_and_eager_agree(tmp_path):
     try: torch.compile(lambda x: x + 1)(torch.ones(2))
     except Exception as e: pytest.skip(f"torch.compile does not work here ({type(e).__name__})")
