@@ -206,12 +206,14 @@ def _inside(runs):
 def summary_markdown(
     path: str | Path | None = None, # folder of the records; None: `records_path()`
 ) -> str:
-    "What has been replicated so far, as Markdown: both tables of the paper in a sentence each, and the laptop study"
+    "What has been replicated so far, as Markdown: a sentence, both tables of the paper in a row each, and the laptop study"
     path = Path(path) if path is not None else records_path()
     runs = load_results(path) if path.is_dir() else pd.DataFrame(columns=[*Config.__annotations__, 'study', 'pair_hash', 'config_hash', *METRICS.values()])
-    out = ["| | paper's comparisons | run | replicated | not detected | contradicted |", "|---|---|---|---|---|---|"]
-    for n in (1, 2):
-        v = paper_comparison(runs, n).verdict.value_counts()
+    verdicts = {n: paper_comparison(runs, n).verdict.value_counts() for n in (1, 2)}
+    every, left = (sum(f(v) for v in verdicts.values()) for f in (lambda v: v.sum(), lambda v: v.get('not run', 0)))
+    out = [f"{'Nothing yet: none' if left == every else every - left} of the paper's {every} comparisons {'has' if every - left < 2 else 'have'} been run at its scale.\n",
+           "| | paper's comparisons | run | replicated | not detected | contradicted |", "|---|---|---|---|---|---|"]
+    for n, v in verdicts.items():
         out.append(f"| Table {n} | {v.sum()} | {v.sum() - v.get('not run', 0)} | " + ' | '.join(str(v.get(k, 0)) for k in ('replicated', 'not detected', 'contradicted')) + " |")
     laptop = laptop_comparison(runs)
     if len(laptop):

@@ -138,7 +138,7 @@ def run_study(
     study: Study, # `Study`
     results: str | Path = 'results', # folder of the records; new ones go into a folder below it that has the study's name
     checkpoints: str | Path = 'checkpoints', # folder of checkpoints and locks
-    budget: float | None = None, # seconds; nothing is started that cannot be finished or checkpointed in them. None: no limit
+    budget: float | None = None, # seconds; no epoch is started that is known to need more than what is left. None: no limit
     **options: Any, # further arguments of `train`
 ) -> dict[str, int]:
     "Train what has no record, in order. Returns a dict: counts of runs done, failed, left to others (locked) and not started or stopped for time. DataNotFound without the images"
@@ -183,7 +183,7 @@ def main(
         epilog=f"Studies that come with the package: {', '.join(list_studies())}. A study that was killed continues where it was.")
     parser.add_argument('name', nargs='?', help='a study of the package, or the path of an .ini file')
     parser.add_argument('--list', action='store_true', help='show what is done, under way and missing, and the estimated time')
-    parser.add_argument('--budget', type=float, default=None, metavar='SECONDS', help='start nothing that cannot be finished or checkpointed in time')
+    parser.add_argument('--budget', type=float, default=None, metavar='SECONDS', help='end by then: between two epochs with a checkpoint, if the next would not end in time')
     parser.add_argument('--workers', type=_one_or_more, default=1, metavar='N', help='processes at a time on the device (1)')
     parser.add_argument('--set', nargs='+', default=[], metavar='FIELD=VALUE', help='set fields of Config in every run, such as precision=bfloat16')
     _add_run_options(parser)

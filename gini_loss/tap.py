@@ -75,7 +75,7 @@ def _last_of(name, module):
 def last_stage(
     model: nn.Module, # the network, an `nn.Module`; wrappers of `torch.compile` and data parallelism are looked through
 ) -> str:
-    "Dotted name of the layer the paper puts the loss on: `model.tap` if there is one, else the last stage before the classifier"
+    "Dotted name of the layer that the loss is put on by default: `model.tap` if there is one, else the last stage before the classifier, as in the authors' code"
     model = _unwrap(model)
     if isinstance(getattr(model, 'tap', None), str): return model.tap
     modules = dict(model.named_modules())

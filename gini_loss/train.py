@@ -77,7 +77,7 @@ class Config:
     rotation: float = 0. # random rotation by up to as many degrees
     precision: str = 'float32' # float32 (in TF32 where torch lets a GPU's convolutions do so), bfloat16 (autocast) or float64
     channels_last: bool = False # memory format of images and weights
-    compile: bool = False # torch.compile
+    compile: bool = False # torch.compile of the network and, on a single GPU, of the terms
 
     def __post_init__(self):
         for f in fields(self): object.__setattr__(self, f.name, _as_type(f.name, f.type, getattr(self, f.name)))
@@ -914,7 +914,7 @@ def main(
     parser.add_argument('--preset', choices=list(RECIPES), default=None, help='recipe to start from (the one of --arch)')
     _add_config_options(parser)
     _add_run_options(parser)
-    parser.add_argument('--budget', type=float, default=None, metavar='SECONDS', help='stop in time, at a checkpoint')
+    parser.add_argument('--budget', type=float, default=None, metavar='SECONDS', help='end by then: between two epochs with a checkpoint, if the next would not end in time')
     parser.add_argument('--show', action='store_true', help='print the configuration and stop')
     args = parser.parse_args(argv)
     try:
