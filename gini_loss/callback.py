@@ -17,18 +17,19 @@ from torch.nn import functional as F
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.learner import ValueMetric
-from .losses import GiniKLLoss, _Mixed, _labels
+from .losses import GiniKLLoss, _Mixed, _is_integer, _labels
 from .running import RunningGiniKLLoss
-from .tap import FeatureTap, _fitting_dim, find_channel_dim, find_layer
+from .tap import FeatureTap, _fitting_dim, _is_compiled, find_channel_dim, find_layer
 
 # %% ../nbs/11_callback.ipynb #62340f24
 def _as_list(x): return list(x) if isinstance(x, (list, tuple)) else [x]
 
 def _mixed_targets(y, learn):
-    "Targets as a `MixUp` or `CutMix` callback of `learn` has mixed them, or `y` if none has"
+    "Targets as a `MixUp` or `CutMix` callback of `learn` has mixed them, or `y` if none has; labels in a column, as fastai's tabular data have them, as (m,)"
     for cb in learn.cbs:
         if isinstance(cb, MixHandler) and getattr(cb, 'stack_y', False) and hasattr(cb, 'yb1'):
             return _Mixed(*(t.as_subclass(torch.Tensor) for t in (y, cb.yb1[0])), cb.lam)
+    if isinstance(y, torch.Tensor) and not y.is_floating_point() and y.dtype != torch.bool and (y.ndim == 1 or y.ndim == 2 and y.shape[1] == 1): y = y.reshape(-1).long()
     return y
 
 def _label_mass(loss, y):
@@ -76,13 +77,16 @@ class GiniLossCallback(Callback):
             raise ValueError(f"start_epoch must be 0 or a positive integer, got {start_epoch!r}")
         build = GiniKLLoss if running is None else partial(RunningGiniKLLoss, n_batches=running)
         self.losses = [build(g, k, rectify, reverse_kl, n_classes, distributed=distributed) for g, k in zip(*weights)]
-        self.start_epoch, self.n_classes, self.channel_dim, self.ignore_index, self.select = int(start_epoch), n_classes, channel_dim, ignore_index, select
+        self.start_epoch, self.n_classes, self.channel_dim, self.ignore_index, self.select = int(start_epoch), self.losses[0].n_classes, channel_dim, ignore_index, select
         self.layer_names, self.dead_channels, self._taps, self._columns, self._told, self._looked_at = [], [], [], [], set(), set()
+        self._copied = False
 
     # --- around the loop: what fit puts in place is taken away however it ends
     def before_fit(self):
         "Find the layers, add the columns, guard the loop; nothing in `validate` and `get_preds`, which call this too"
-        if self.learn.lock.locked(): return
+        if self.learn.lock.locked():
+            if self._copied: self._restore()
+            return
         self._restore()
         self._taps = [FeatureTap(self.learn.model, layer, self.select) for layer in self.layers]
         self.layer_names = [tap.name for tap in self._taps]
@@ -92,7 +96,7 @@ class GiniLossCallback(Callback):
             raise ValueError(f"layer {twice[0]!r} is named twice: its terms would count double. Name it once, with the weight you want")
         n = self.n_classes if self.n_classes is not None else getattr(self.learn.dls, 'c', None)
         for loss in self.losses:
-            loss.n_classes = int(n) if isinstance(n, int) and n > 0 else None
+            loss.n_classes = int(n) if _is_integer(n) and n > 0 else None
             loss.channel_dim = self.channel_dim
             loss.ignore_index = self.ignore_index if self.ignore_index is not None else getattr(self.learn.loss_func, 'ignore_index', -100)
             if isinstance(loss, RunningGiniKLLoss): loss.reset()
@@ -111,6 +115,7 @@ class GiniLossCallback(Callback):
 
     def _guarded(self, with_events, f, event_type, *args, **kwargs):
         "fastai's `_with_events`, with the taps on while an epoch trains, and everything taken away if an exception ends the fit"
+        if event_type == 'fit': self._restore(with_events.__self__)     # left by a fit that another callback's error ended before its first epoch
         try:
             if event_type != 'train': return with_events(f, event_type, *args, **kwargs)
             for tap in self._taps: tap.attach()
@@ -121,20 +126,35 @@ class GiniLossCallback(Callback):
             if event_type == 'epoch': self._restore()
             raise
 
-    def _restore(self):
+    def _restore(self, learn=None):
         "Leave the learner as it was before `fit`"
+        learn = self.learn if learn is None else learn                 # that of a callback which was taken out of it is None
         for tap in self._taps: tap.detach()
-        self._taps = []
-        if self._columns: self.learn.metrics = [m for m in self.learn.metrics if not any(m is c for c in self._columns)]
+        self._taps, self._copied = [], False
+        if self._columns: learn.metrics = [m for m in learn.metrics if not any(m is c for c in self._columns)]
         self._columns = []
-        guard = self.learn.__dict__.get('_with_events')
-        if getattr(guard, 'func', None) == self._guarded: del self.learn._with_events
+        guard = learn.__dict__.get('_with_events')
+        if getattr(guard, 'func', None) == self._guarded: del learn._with_events
+
+    def __setstate__(self, state):
+        "A copy made in the middle of a fit has what that fit put in place, and is in none itself"
+        super().__setstate__(state)
+        self._copied = True
 
     # --- inside the loop
     def before_train(self): self._reset()
 
     def before_batch(self):
         for tap in self._taps: tap.clear()
+
+    def after_pred(self):
+        "Stop if what was guessed to come before the classifier are the logits themselves"
+        for layer, tap in zip(self.layers, self._taps):
+            A, pred = tap._recorder.output, self.learn.pred
+            if layer is not None or tap.name in self._looked_at or not all(isinstance(t, torch.Tensor) for t in (A, pred)): continue
+            if A.shape == pred.shape and A.data_ptr() == pred.data_ptr() and getattr(self.learn.model, 'tap', None) != tap.name:
+                raise ValueError(f"layer {tap.name!r} was chosen as the last stage before the classifier, but what it gives is the output of the model itself:"
+                                 " name the layer you mean, layer='...'. `[n for n, _ in learn.model.named_modules()]` lists all")
 
     def after_loss(self):
         "Measure the terms; from `start_epoch` on, add them to the loss that is differentiated and to the one that is shown"
@@ -145,7 +165,7 @@ class GiniLossCallback(Callback):
             with torch.set_grad_enabled(on):
                 try: A = tap.pop() if on else tap.activations.detach()
                 except RuntimeError as e:
-                    if self.layers[i] is None and 'did not run' in str(e): raise RuntimeError(f"{e} It was chosen as the last stage before the classifier: name another one, layer='...'") from None
+                    if self.layers[i] is None and 'did not run' in str(e) and not _is_compiled(self.learn.model): raise RuntimeError(f"{e} It was chosen as the last stage before the classifier: name another one, layer='...'") from None
                     raise
                 if y is None: y = _mixed_targets(self.learn.yb[0], self.learn)
                 if loss.channel_dim is None: loss.channel_dim = find_channel_dim(self.learn.model, A, tap.module)

@@ -15,6 +15,8 @@ def _require(ok, message):
     if torch.compiler.is_compiling() or ok.is_cuda: torch._assert_async(ok, "gini_loss: a check on the loss's input failed; run on the CPU to see which")
     elif not ok: raise ValueError(message())
 
+def _is_integer(x): return isinstance(x, int) or hasattr(x, '__index__') and not isinstance(x, torch.Tensor)    # numpy's integers too
+
 def _plain(x, name):
     "`x` as a plain `Tensor`: fastai's subclasses would otherwise follow into the loss"
     if not isinstance(x, torch.Tensor): raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
@@ -35,7 +37,7 @@ def pool(
         raise TypeError(f"activations must be floating point, got {A.dtype}: pass a layer's output, or call .float()")
     if A.ndim < 2:
         raise ValueError(f"activations must have at least 2 dimensions, (m, c) or (m, c, h, w), got shape {tuple(A.shape)}")
-    if not isinstance(channel_dim, int) or not -A.ndim <= channel_dim < A.ndim or channel_dim % A.ndim == 0:
+    if not _is_integer(channel_dim) or not -A.ndim <= channel_dim < A.ndim or channel_dim % A.ndim == 0:
         raise ValueError(f"channel_dim={channel_dim} does not name a channel dimension of activations of shape {tuple(A.shape)}:"
                          f" use 1 to {A.ndim-1} or -{A.ndim-1} to -1 (dimension 0 is the batch)")
     channel_dim %= A.ndim
@@ -64,6 +66,12 @@ class _Mixed:
     def device(self): return self.labels.device
     def detach(self): return self
 
+def _check_count(n_classes):
+    "`n_classes` as an int or None; raises if it is no number of classes"
+    if n_classes is None: return None
+    if not _is_integer(n_classes) or isinstance(n_classes, bool) or n_classes < 1: raise ValueError(f"n_classes must be a positive integer, got {n_classes!r}")
+    return int(n_classes)
+
 def _check_targets(y, m=None, n_classes=None, ignore_index=-100):
     "The targets as a plain tensor: (m,) int64 labels or (m, n) float, or as `_Mixed` labels; raises what is wrong with them"
     if isinstance(y, _Mixed):
@@ -72,9 +80,8 @@ def _check_targets(y, m=None, n_classes=None, ignore_index=-100):
         _check_targets(y.labels, None, n_classes, ignore_index)
         return y
     y = _plain(y, "targets")
-    if n_classes is not None and (not isinstance(n_classes, int) or n_classes < 1):
-        raise ValueError(f"n_classes must be a positive integer, got {n_classes!r}")
-    if not isinstance(ignore_index, int): raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}: -100 if no label is to be ignored")
+    _check_count(n_classes)
+    if not _is_integer(ignore_index): raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}: -100 if no label is to be ignored")
     if y.ndim not in (1, 2):
         raise ValueError(f"targets must be labels (m,) or distributions (m, n), got shape {tuple(y.shape)}")
     if m is not None and len(y) != m:
@@ -296,6 +303,7 @@ from typing import TYPE_CHECKING, NamedTuple
 # %% ../nbs/05_total_loss.ipynb #e8e3c590
 def _check_weight(value, name):
     "`value` as a float; raises if it is negative or not finite"
+    if isinstance(value, torch.Tensor) and value.requires_grad: raise TypeError(f"{name} is a number that training leaves alone, got a tensor that wants a gradient: minimised together with the network it would fall to 0")
     try: weight = float(value)
     except (TypeError, ValueError): raise TypeError(f"{name} must be a number, got {value!r}") from None
     if not 0 <= weight < float('inf'): raise ValueError(f"{name} must be finite and not negative, got {value!r}: 0 turns the term off, the paper uses 0.5")
@@ -317,7 +325,8 @@ class GiniKLLoss(nn.Module):
         super().__init__()
         self.lambda_gini, self.lambda_kl = _check_weight(lambda_gini, "lambda_gini"), _check_weight(lambda_kl, "lambda_kl")
         if rectify not in ('abs', 'relu', 'none'): raise ValueError(f"rectify={rectify!r} is not known: use 'abs', 'relu' or 'none'")
-        self.rectify, self.reverse_kl, self.n_classes, self.channel_dim = rectify, reverse_kl, n_classes, channel_dim
+        if channel_dim is not None and (not _is_integer(channel_dim) or channel_dim == 0): raise ValueError(f"channel_dim={channel_dim!r} does not name a channel dimension: use an integer other than 0 (dimension 0 is the batch)")
+        self.rectify, self.reverse_kl, self.n_classes, self.channel_dim = rectify, reverse_kl, _check_count(n_classes), channel_dim
         self.ignore_index, self.distributed = ignore_index, distributed
 
     _check_finite = True # on a GPU a check that fails ends the process's use of it: who looks at the terms anyway can turn this one off

@@ -58,6 +58,7 @@ def check_record(
     return config
 
 def _read_record(path):
+    if not path.is_file(): raise RecordError(f"{path} is {'a folder' if path.is_dir() else 'a link that leads nowhere'}, not a record: give it another name, or remove it")
     try:
         record = json.loads(path.read_text(encoding='utf-8'))
         return record, check_record(record)

@@ -178,7 +178,7 @@ def run_study(
 def main(
     argv: Sequence[str] | None = None, # arguments; None: those of the command line
 ) -> int:
-    "The command `gini_study`. Returns the exit status: 0 all done, 1 an error, 3 runs are left"
+    "The command `gini_study`. Returns the exit status: 0 all done, 1 an error, 3 runs are left, 130 stopped by Ctrl-C"
     parser = argparse.ArgumentParser('gini_study', description="Train the runs of a study that have no record yet, in order.",
         epilog=f"Studies that come with the package: {', '.join(list_studies())}. A study that was killed continues where it was.")
     parser.add_argument('name', nargs='?', help='a study of the package, or the path of an .ini file')
@@ -218,6 +218,9 @@ def main(
     except (ValueError, TypeError, OSError) as e:
         print(f'gini_study: {_message(e)}', file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"gini_study: stopped. The same command goes on where this one was, from the last checkpoint in {args.checkpoints!r}", file=sys.stderr)
+        return 130
     return 1 if counts['failed'] else 3 if counts['locked'] or counts['no_time'] else 0
 
 def _run_workers(n, argv, budget=None):

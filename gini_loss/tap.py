@@ -21,6 +21,8 @@ def _unwrap(model):
         if inner is None: return model
         model = inner
 
+def _is_compiled(model): return any(isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None for m in model.modules())
+
 def _named_modules(model):
     "Dotted name and module of everything below `model`, seen through its wrappers"
     return {name.replace('_orig_mod.', ''): m for name, m in _unwrap(model).named_modules()}
@@ -50,13 +52,20 @@ def find_layer(
 
 # %% ../nbs/10_tap.ipynb #f92afad2
 _STAGES = ('layer4', 'stages', 'features', 'blocks', 'layers', 'encoder')      # what libraries call the part before the classifier
-_HEAD = (nn.Linear, nn.Flatten, nn.Identity, nn.Softmax, nn.LogSoftmax, nn.modules.dropout._DropoutNd)
-_IN_HEAD = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.ReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh)
+_HEAD = (nn.Linear, nn.Identity, nn.Softmax, nn.LogSoftmax, nn.modules.dropout._DropoutNd)
+_IN_HEAD = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+_HEAD_NAMES = ('head', 'heads', 'classifier', 'fc', 'logits')
 
-def _is_head(module, inside=False):
-    "Is this (part of) a classifier: pooling, flatten, dropout, linear, or a container of these?"
-    if isinstance(module, nn.Sequential) and len(module): return all(_is_head(m, inside=True) for m in module)
-    return isinstance(module, _HEAD) or 'Pool' in type(module).__name__ or (inside and isinstance(module, _IN_HEAD))
+def _has_parameters(module): return next(module.parameters(), None) is not None
+
+def _is_head(name, module, inside=False):
+    "Is this (part of) a classifier: pooling, flatten, dropout, linear, a container of these, or what is called one?"
+    kind = type(module).__name__
+    if isinstance(module, nn.Sequential) and len(module) and all(_is_head(n, m, inside=True) for n, m in module.named_children()): return True
+    if inside and (isinstance(module, _IN_HEAD) or not _has_parameters(module)): return True
+    return isinstance(module, _HEAD) or any(word in kind for word in ('Pool', 'Flatten')) or name in _HEAD_NAMES or kind.endswith('Head') or 'Classifier' in kind
+
+def _of_transformers(model): return hasattr(getattr(model, 'config', None), 'model_type')
 
 def _inside(name, module):
     "The list of stages inside a model of transformers, whose outer parts return records instead of tensors"
@@ -71,23 +80,46 @@ def _last_of(name, module):
     if not isinstance(module, nn.ModuleList) or not len(module): return name
     return _last_of(f'{name}.{len(module)-1}', module[-1])
 
+def _ends_in_linear(module): return isinstance(next((m for m in reversed(list(module.modules())) if any(True for _ in m.parameters(recurse=False))), None), nn.Linear)
+
+def _before_classifier(model):
+    "Dotted name, from `model` on, of what comes before its classifier; None if that cannot be told"
+    if isinstance(getattr(model, 'tap', None), str): return model.tap
+    stages = getattr(model, 'feature_info', None)                      # timm
+    if stages and stages[-1].get('module') in dict(model.named_modules()): return stages[-1]['module']
+    children = [(name, m) for name, m in model.named_children() if not name.startswith('aux')]     # auxiliary classifiers run in training only
+    def deeper(name, module):
+        "`name`, or, where the classifier must be within it, what comes before it there"
+        alone = sum(_has_parameters(m) for _, m in children) == 1 and not any(True for _ in model.parameters(recurse=False))
+        if not _ends_in_linear(module) or not (alone or isinstance(module, (nn.Sequential, nn.ModuleList))): return _last_of(name, module)
+        inner = _before_classifier(module)
+        return inner and f'{name}.{inner}'
+    if not isinstance(model, (nn.Sequential, nn.ModuleList)) and not _of_transformers(model):
+        for name in _STAGES:
+            stage = getattr(model, name, None)
+            if not isinstance(stage, nn.Module): continue
+            at = next((i for i, (n, _) in enumerate(children) if n == name), len(children))
+            followed = any(_has_parameters(m) and (i > at or _is_head(n, m)) for i, (n, m) in enumerate(children) if i != at)
+            return _last_of(name, stage) if followed else deeper(name, stage)
+    rest, classifier = list(children), False
+    while rest:
+        squashed = not classifier and len(rest) > 1 and not _has_parameters(rest[-1][1]) and _ends_in_linear(rest[-2][1])   # a sigmoid or the like behind the classifier
+        if not squashed and not _is_head(*rest[-1]): break
+        classifier |= _has_parameters(rest.pop()[1])
+    if rest and _of_transformers(model): return _last_of(*_inside(*rest[-1]))
+    if rest: return _last_of(*rest[-1]) if classifier else deeper(*rest[-1])
+    weighted = [(name, m) for name, m in children if _has_parameters(m)]     # a perceptron: all of it looks like a classifier
+    if len(weighted) > 1: return _last_of(*weighted[-2])
+    return deeper(*weighted[0]) if weighted and any(True for _ in weighted[0][1].children()) else None
+
 # %% ../nbs/10_tap.ipynb #92b732a9
 def last_stage(
     model: nn.Module, # the network, an `nn.Module`; wrappers of `torch.compile` and data parallelism are looked through
 ) -> str:
-    "Dotted name of the layer that the loss is put on by default: `model.tap` if there is one, else the last stage before the classifier, as in the authors' code"
-    model = _unwrap(model)
-    if isinstance(getattr(model, 'tap', None), str): return model.tap
-    modules = dict(model.named_modules())
-    stages = getattr(model, 'feature_info', None)                      # timm
-    if stages and stages[-1].get('module') in modules: return stages[-1]['module']
-    if not isinstance(model, nn.Sequential):
-        for name in _STAGES:
-            if isinstance(getattr(model, name, None), nn.Module) and not hasattr(getattr(model, 'config', None), 'model_type'): return _last_of(name, modules[name])
-    children = [(name, m) for name, m in model.named_children() if not name.startswith('aux')]     # auxiliary classifiers run in training only
-    while children and _is_head(children[-1][1]): children.pop()
-    if not children: raise ValueError(f"cannot tell which layer of this {type(model).__name__} comes before the classifier: name one, `layer='...'`")
-    return _last_of(*(_inside(*children[-1]) if hasattr(getattr(model, 'config', None), 'model_type') else children[-1]))
+    "Dotted name of the layer that the loss is put on by default: `model.tap` if there is one, else the last stage before the classifier, as in the authors' code. ValueError if that cannot be told"
+    name = _before_classifier(_unwrap(model))
+    if name is None: raise ValueError(f"cannot tell which layer of this {type(_unwrap(model)).__name__} comes before the classifier: name one, `layer='...'`")
+    return name
 
 # %% ../nbs/10_tap.ipynb #38b5b926
 def _width(m, into):
@@ -183,8 +215,9 @@ class FeatureTap:
         "The layer's latest activations, which the tap goes on holding. Raises `RuntimeError` if it has none"
         r = self._recorder
         if r.output is None:
-            raise RuntimeError(f"layer {self.name!r} did not run since the tap was last emptied: is the tap attached, does the model's forward use this"
-                               " layer, and was the tap attached before the first call of a compiled model?")
+            raise RuntimeError(f"layer {self.name!r} did not run since the tap was last emptied: is the tap attached, and does the model's forward use this"
+                               " layer? A compiled model calls only hooks that were there when its code was compiled: attach the tap before its first call,"
+                               " and before that call torch._dynamo.reset() if a model of the same classes was compiled without a tap")
         if any(t._version != version for t, version in r.versions):
             raise RuntimeError(f"the output of layer {self.name!r} was changed in place by what follows it: tap the module behind it instead"
                                " (often an nn.ReLU), set inplace=False there, or tap a layer before it")

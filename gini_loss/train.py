@@ -908,7 +908,7 @@ def _add_run_options(parser):
 def main(
     argv: Sequence[str] | None = None, # arguments; None: those of the command line
 ) -> int:
-    "The command `gini_train`: one run. Returns the exit status: 0 done, 1 an error, 3 the time was up"
+    "The command `gini_train`: one run. Returns the exit status: 0 done, 1 an error, 3 the time was up, 130 stopped by Ctrl-C"
     parser = argparse.ArgumentParser('gini_train', description="Train one network with one of the four losses and write its record.",
         epilog="Fields that are not given come from the recipe of the network, or of the preset. A run that was killed continues where it was.")
     parser.add_argument('--preset', choices=list(RECIPES), default=None, help='recipe to start from (the one of --arch)')
@@ -934,6 +934,9 @@ def main(
     except (ValueError, TypeError, RunLocked, CheckpointError, OSError, torch.OutOfMemoryError) as e:
         print(f'gini_train: {_message(e)}', file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"gini_train: stopped. The same command goes on from the last checkpoint in {args.checkpoints!r}", file=sys.stderr)
+        return 130
     return 0 if record is not None else 3
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
 """What the callback is told, and what it says to that. Its meaning inside training loops is checked in test_robustness.py."""
-import warnings
+import copy, warnings
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 pytest.importorskip('fastai', reason="the callback needs fastai")
+from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback # gives Learner.no_bar
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -86,3 +87,47 @@ def test_no_false_alarm_where_nothing_tells(loud):
         def forward(self, x): return x.reshape(len(x), 4, 12, 4)
     net = nn.Sequential(Odd(), nn.Flatten(), nn.Linear(192, 4))
     fit(get_learner(GiniLossCallback('0', start_epoch=0, channel_dim=3), net=net))
+
+@pytest.mark.parametrize('n', [-7, 0, 'x', 2.5, True])
+def test_what_is_no_number_of_classes(n):
+    with pytest.raises(ValueError, match="n_classes must be a positive integer"): GiniLossCallback(n_classes=n)
+
+def test_the_number_of_classes_checks_labels():
+    with pytest.raises(ValueError, match="layer '3': label 3 is not below n_classes=3"): fit(get_learner(GiniLossCallback(start_epoch=0, n_classes=np.int64(3))))
+
+@pytest.mark.parametrize('dtype', [torch.int8, torch.int64])
+@pytest.mark.parametrize('column', [True, False])
+def test_labels_as_tabular_data_have_them(dtype, column):
+    "In a column, and in a small type: what the loss functions of fastai accept"
+    values = {}
+    for name, y in (('plain', Y), ('as given', (Y[:, None] if column else Y).to(dtype))):
+        learn = get_learner(GiniLossCallback(start_epoch=0))
+        learn.dls = DataLoaders(*[DataLoader(Pairs(zip(X, y)), bs=16, num_workers=0)]*2); learn.dls.c = 4
+        learn.loss_func = lambda pred, target: nn.functional.cross_entropy(pred, target.flatten().long())
+        fit(learn)
+        values[name] = learn.recorder.values[0]
+    assert values['plain'] == values['as given']
+
+class Fails(Callback):
+    order = 60
+    def before_fit(self): raise KeyboardInterrupt
+
+@pytest.mark.parametrize('then', ['removed', 'kept'])
+def test_an_error_of_another_callback_before_the_first_epoch(then):
+    learn = get_learner(GiniLossCallback(start_epoch=0))
+    with pytest.raises(KeyboardInterrupt), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Fails())
+    if then == 'removed': learn.remove_cb(GiniLossCallback)
+    names = fit(learn)
+    assert ('train_gini' in names) == (then == 'kept') and len(set(names)) == len(names)
+    assert not learn.metrics and '_with_events' not in learn.__dict__ and not learn.model[3]._forward_hooks
+
+def test_a_copy_made_within_a_fit_is_a_learner_like_any_other():
+    class Copy(Callback):
+        def after_epoch(self): self.kept = copy.deepcopy(self.learn)
+    spy = Copy()
+    learn = get_learner(GiniLossCallback(start_epoch=0), spy)
+    fit(learn)
+    twin = spy.kept
+    with twin.no_bar(): values = twin.validate()
+    assert len(values) == 1 and not twin.metrics and '_with_events' not in twin.__dict__
+    assert fit(twin)[1:] == learn.recorder.metric_names[1:]

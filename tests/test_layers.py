@@ -1,6 +1,7 @@
 "With no argument the callback finds the last stage and the channels of our four networks and of the usual ones of torchvision and timm"
 import warnings
 import pytest, torch, torchvision
+from torch import nn
 pytest.importorskip('fastai', reason="the callback needs fastai")
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
@@ -9,6 +10,9 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
+from fastai.tabular.model import TabularModel
+from fastai.vision.learner import create_timm_model, create_vision_model
+from fastai.vision.models.xresnet import xresnet18
 from gini_loss.callback import GiniLossCallback
 from gini_loss.data import device_dls
 from gini_loss.losses import GiniKLLoss
@@ -123,6 +127,75 @@ def test_the_one_line_with_the_project_s_own_loaders(build):
     with pytest.warns(UserWarning, match='starts in epoch 10'): row, = run(learn, 1)
     assert learn.gini_loss.layer_names == [learn.model.tap]
     assert 0 < row['train_gini'] < 1 and 0 <= row['train_kl'] and row['train_loss'] > 0
+
+# ---- what people build themselves, and fastai's own
+
+def body(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+def mlp(*last): return nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3), *last)
+class Head(nn.Module):
+    def __init__(self): super().__init__(); self.l = nn.Linear(8, 3)
+class Block(nn.Module):
+    def __init__(self): super().__init__(); self.conv, self.bn, self.shortcut = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+def parts(**modules):
+    net = nn.Module()
+    for name, m in modules.items(): setattr(net, name, m)
+    return net
+def headless():
+    net = torchvision.models.resnet18()
+    net.fc = nn.Identity()
+    return net
+def conv_head(): return nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+
+OWN = {
+    'a head of its own class': (lambda: nn.Sequential(body(), Head()), '0'),
+    'what is called a head': (lambda: parts(body=body(), head=Head()), 'body'),
+    'a head with a convolution': (lambda: parts(stem=body(), body=body(), head=conv_head()), 'body'),
+    'the classifier defined first': (lambda: parts(classifier=nn.Linear(8, 3), features=body()), 'features'),
+    'a perceptron': (lambda: mlp(), '2'),
+    'a perceptron within': (lambda: parts(net=mlp()), 'net.2'),
+    'a perceptron called layers': (lambda: parts(layers=mlp()), 'layers.2'),
+    'a perceptron without activations': (lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 3)), '0'),
+    'layers in a list': (lambda: parts(layers=nn.ModuleList([nn.Linear(4, 8), nn.Linear(8, 3)])), 'layers.0'),
+    'a sigmoid behind the classifier': (lambda: mlp(nn.Sigmoid()), '2'),
+    'a convolutional network within': (lambda: parts(net=nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))), 'net.1'),
+    'a network in a wrapper': (lambda: parts(model=torchvision.models.resnet18()), 'model.layer4'),
+    'a network without its classifier': (lambda: parts(backbone=headless(), fc=nn.Linear(512, 3)), 'backbone'),
+    'averages for logits': (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), '1'),
+    'averages for logits, in parts': (lambda: parts(body=nn.Sequential(nn.Conv2d(3, 8, 3), Block())), 'body'),
+    'convolutions and two linear layers': (lambda: parts(conv1=nn.Conv2d(3, 8, 3), conv2=nn.Conv2d(8, 8, 3), fc1=nn.Linear(8, 8), fc2=nn.Linear(8, 3)), 'conv2'),
+    'a transformer': (lambda: parts(patch=nn.Conv2d(3, 8, 4), blocks=nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 8) for _ in range(2)]), norm=nn.LayerNorm(8), head=nn.Linear(8, 3)), 'blocks.1')}
+
+@pytest.mark.parametrize('name', OWN)
+def test_what_people_build_themselves(name):
+    build, layer = OWN[name]
+    assert last_stage(build()) == layer and find_layer(build())[0] == layer
+
+@pytest.mark.parametrize('build', [lambda: nn.Linear(2, 3), lambda: nn.Sequential(nn.Flatten(), nn.Linear(2, 3)), lambda: parts(layer=nn.Linear(2, 3)), lambda: parts(net=nn.Sequential(nn.Linear(2, 3)))])
+def test_a_classifier_alone_has_nothing_before_it(build):
+    with pytest.raises(ValueError, match="cannot tell which layer of this (Linear|Sequential|Module) comes before the classifier"): last_stage(build())
+
+@pytest.mark.parametrize('options', [{}, dict(concat_pool=False), dict(lin_ftrs=[]), dict(bn_final=True), dict(first_bn=False), dict(ps=0.), dict(y_range=(0, 1))], ids=str)
+def test_a_vision_learner_is_tapped_before_its_head(options):
+    model = create_vision_model(torchvision.models.resnet18, N, pretrained=False, **options)
+    assert last_stage(model) == '0'
+    if not options: check(model, 64, '0', 512, 1)
+
+def test_fastai_s_other_networks():
+    pytest.importorskip('timm', reason="timm is not installed")
+    assert last_stage(create_timm_model('resnet18', N, pretrained=False)[0]) == '0' and last_stage(xresnet18(n_out=N)) == '7'
+    assert last_stage(TabularModel([(3, 2)], 2, N, [20, 10])) == last_stage(TabularModel([(3, 2)], 2, N, [20, 10], y_range=(0, 1))) == 'layers.1'
+    with pytest.raises(ValueError, match="of this TabularModel"): last_stage(TabularModel([(3, 2)], 2, N, []))
+
+class Hidden(nn.Module):
+    "A classifier that nothing gives away"
+    def __init__(self): super().__init__(); self.l = nn.Linear(8, N)
+    def forward(self, x): return self.l(x.mean((2, 3)))
+
+def test_a_guess_that_comes_out_as_the_logits_is_refused():
+    net = nn.Sequential(body(), Hidden())
+    with pytest.raises(ValueError, match="layer '1' was chosen.*output of the model itself.*name the layer you mean"): run(learner(net, 8, GiniLossCallback(start_epoch=1)), 1)
+    assert not net[1]._forward_hooks
+    for layer in ('0', '1'): run(learner(net, 8, GiniLossCallback(layer, start_epoch=0)), 1)     # who names the logits means them
 
 # ---- torchvision
 

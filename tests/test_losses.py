@@ -721,3 +721,24 @@ def test_fuzz_float64_extremes(seed, m, c, reverse, soft):
     except ValueError as e: assert 'too large' in str(e) and max(A.max(), y.max()) > 1e305; return
     assert 0 <= gini <= 1 and -3e-10 <= kl < 1500                                               # reversed, the floor can add 1e-10 to each class
     assert torch.autograd.grad(gini + kl, A)[0].isfinite().all()
+
+# ---- Whole numbers of any kind, and what is none ----
+
+def test_numpy_integers_are_numbers():
+    A, y = torch.rand(6, 4, 2, 2), torch.arange(6) % 3
+    expected = GiniKLLoss(n_classes=3)(A, y)
+    assert GiniKLLoss(n_classes=np.int64(3), channel_dim=np.int32(1), ignore_index=np.int64(-100))(A, y) == expected
+    assert gini_loss(A, y, n_classes=np.int64(3), channel_dim=np.int64(1)) == gini_loss(A, y)
+
+@pytest.mark.parametrize('n', [0, -3, 2.5, '3', True, torch.tensor(3)])
+def test_what_is_no_number_of_classes(n):
+    for call in (lambda: GiniKLLoss(n_classes=n), lambda: gini_loss(torch.rand(2, 3), torch.tensor([0, 1]), n_classes=n)):
+        with pytest.raises(ValueError, match="n_classes must be a positive integer"): call()
+
+@pytest.mark.parametrize('dim', [0, 1.5, '1'])
+def test_what_is_no_channel_dim(dim):
+    with pytest.raises(ValueError, match="channel_dim=.* does not name a channel dimension: use an integer"): GiniKLLoss(channel_dim=dim)
+
+def test_a_weight_is_not_learnt():
+    with pytest.raises(TypeError, match="lambda_gini.*wants a gradient"): GiniKLLoss(torch.nn.Parameter(torch.tensor(.3)))
+    assert GiniKLLoss(torch.tensor(.5)).lambda_gini == .5

@@ -61,6 +61,12 @@ def test_truncated_and_doubled(copy):
     file.write_text(text[:len(text)//2])
     with pytest.raises(RecordError, match=file.name): load_results(copy)
 
+def test_names_of_records_that_are_none(made, copy):
+    (copy/'old.json').mkdir()
+    with pytest.raises(RecordError, match='old.json is a folder, not a record'): load_results(copy)
+    (copy/'old.json').rmdir(); (copy/'gone.json').symlink_to(copy/'nowhere.json')
+    with pytest.raises(RecordError, match='gone.json is a link that leads nowhere'): load_results(copy)
+
 def test_select_and_pair(made):
     runs = load_results(made)
     with pytest.raises(ValueError, match=r'lr \(0.01, 0.02\)'): select_runs(runs, loss='ce')

@@ -86,10 +86,22 @@ def test_a_tap_that_comes_too_late_for_a_compiled_model_says_so():
     with FeatureTap(model, '3') as tap:
         model(X)
         try: A = tap.pop()
-        except RuntimeError as e: assert "did not run" in str(e) and "before the first call of a compiled model" in str(e)
+        except RuntimeError as e: assert "did not run" in str(e) and "attach the tap before its first call" in str(e)
         else: torch.testing.assert_close(A, net[:4](X))                    # a torch that does see it must see it right
         torch._dynamo.reset()
         check_step(model, net, tap)                                        # compiled afresh, it works
+
+def test_a_model_of_the_same_classes_compiled_before_without_a_tap():
+    "A baseline first: torch may give the second model the first one's code, which has no hook. Then the tap says what to do, and that works"
+    torch.compile(make_net(), backend='aot_eager')(X)
+    net = make_net(); model = torch.compile(net, backend='aot_eager')
+    with FeatureTap(model, '3') as tap:
+        model(X)
+        try: A = tap.pop()
+        except RuntimeError as e: assert "torch._dynamo.reset()" in str(e)
+        else: torch.testing.assert_close(A, net[:4](X))
+        torch._dynamo.reset()
+        check_step(model, net, tap)
 
 def test_in_place_work_behind_a_layer_of_a_compiled_model():
     "In a graph the tap hands out what the layer returned, not what became of it"

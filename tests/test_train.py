@@ -540,3 +540,9 @@ def test_help_tells_every_field(capsys):
     said = capsys.readouterr().out.replace('\n', ' ')
     said = ' '.join(said.split())
     for text in ('images in a batch, over all processes', 'dotted name of the tapped layer', 'learning rate at the start', 'first epoch with the terms, counted from 0'): assert text in said
+
+def test_stopped_from_the_keyboard(tmp_path, monkeypatch, capsys):
+    def stopped(*args, **options): raise KeyboardInterrupt
+    monkeypatch.setattr(engine, 'train', stopped)
+    assert main(['--preset', 'test', '--results', str(tmp_path/'r'), '--checkpoints', str(tmp_path/'c')]) == 130
+    assert 'The same command goes on' in capsys.readouterr().err
