@@ -8,8 +8,8 @@ Variants: float32; the same without the two terms; bfloat16; channels_last; comp
 and see the same images in the same order. A round trains each variant for one epoch in turn, so that a change in the machine's
 load meets all of them; the first round (compilation, choice of algorithms) is not counted. Shown for each variant: images per second of
 training and validation together (median, smallest, largest), the ratio to float32 within each round, the memory of a GPU that a step takes beside
-weights, optimiser and images, and the losses after the last round with their distance from float32's. Then a profile of some steps of float32: the costliest
-operations (on a GPU: kernels), and how often a step waits for the device. The file of --out is written anew after each round, so that a run that is
+weights, optimiser and images, and the losses after the last round with their distance from float32's. Then a profile of some steps of float32, on a
+GPU of the three switches together as well: the costliest operations (there: kernels), and how often a step waits for the device. The file of --out is written anew after each round, so that a run that is
 stopped keeps what it measured.
 """
 import argparse, datetime, gc, json, os, statistics, time, warnings
@@ -102,7 +102,7 @@ def main():
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--threads', type=int, help="torch's threads")
     parser.add_argument('--data-root', help="folder of CIFAR-100 (fastai's data folder)")
-    parser.add_argument('--budget', type=float, default=float('inf'), metavar='SECONDS', help='begin no further round after so many seconds')
+    parser.add_argument('--budget', type=float, default=float('inf'), metavar='SECONDS', help='after so many seconds begin no further network, and no round but the first two of one that was begun')
     parser.add_argument('--out', help='write everything measured to this JSON file')
     args = parser.parse_args()
     args.end = time.monotonic() + args.budget
@@ -114,6 +114,10 @@ def main():
         rounded = json.loads(json.dumps({**out, 'rows': [*out['rows'], *rows]}), parse_float=lambda v: float(f'{float(v):.6g}'))
         Path(args.out).write_text(json.dumps(rounded, indent=1) + '\n', encoding='utf-8')
     for arch in args.arch:
+        if time.monotonic() > args.end:
+            out['failed'][arch] = dict(all='no time was left')
+            print(f'{arch}: not measured, no time was left')
+            continue
         def keep(rows, failed, arch=arch):
             out['failed'][arch] = failed
             save(rows)
@@ -125,7 +129,8 @@ def main():
         if args.width: changes['width'] = args.width
         rows, out['failed'][arch], learners = measure(recipe(arch, **changes), args, keep)
         out['rows'] += rows
-        if 'float32' in learners: out['profiles'][arch] = profile_steps(learners['float32'], args.steps)
+        profiled = [name for name in ('all three', 'float32') if name in learners and (name == 'float32' or args.device.startswith('cuda')) and time.monotonic() < args.end]
+        for name in profiled: out['profiles'][arch if name == 'float32' else f'{arch}, {name}'] = profile_steps(learners[name], args.steps)
         base = next((r for r in rows if r['variant'] == 'float32'), None)
         print(f"\n{arch}, {rows[0]['images'] if rows else 0:,} images, {out['hardware']['device_name']}, torch {torch.__version__}")
         print(f"{'variant':18} {'images/s':>9} {'(smallest-largest)':>20} {'ratio':>6} {'GiB':>6} {'train loss':>11} {'valid loss':>11} {'from float32':>13}")
@@ -136,9 +141,10 @@ def main():
             apart = f"{r['train_loss'] - base['train_loss']:+13.2e}" if base else ''
             print(f"{r['variant']:18} {m(v):9,.0f} {f'({min(v):,.0f}-{max(v):,.0f})':>20} {ratio} {memory} {r['train_loss']:11.4f} {r['valid_loss']:11.4f} {apart}")
         for name, why in out['failed'][arch].items(): print(f'{name}: not measured, {why}')
-        for o in out['profiles'].get(arch, {}).get('operations', [])[:8]:
-            print(f"  {o['share']:6.1%} {o['milliseconds_per_step']:9.2f} ms a step {o['calls_per_step']:7.1f} calls  {o['name']}")
-        if args.device.startswith('cuda'): print('waits for the device in a step:', out['profiles'].get(arch, {}).get('waits') or 'none')
+        for name, found in ((k, v) for k, v in out['profiles'].items() if k.split(',')[0] == arch):
+            print(name)
+            for o in found['operations'][:8]: print(f"  {o['share']:6.1%} {o['milliseconds_per_step']:9.2f} ms a step {o['calls_per_step']:7.1f} calls  {o['name']}")
+            if args.device.startswith('cuda'): print('  waits for the device in a step:', found['waits'] or 'none', f"; {found['kernels_per_step']:.0f} kernels")
         print()
         save()
 

@@ -398,7 +398,7 @@ class _SumOverRanks(torch.autograd.Function):
     def forward(ctx, x):
         x = x.contiguous().clone()
         dist.all_reduce(x)
-        return x
+        return x.clone() if torch.compiler.is_compiling() else x      # see _RowMeans
     @staticmethod
     def backward(ctx, grad): return _SumOverRanks.apply(grad)
 
@@ -430,7 +430,7 @@ class _MeanRectified(torch.autograd.Function):
         if rectify == 'abs' and dims and A.is_cuda:   # there one kernel takes absolute values while it adds up; on a CPU that is slower than two
             with torch.autocast('cuda', enabled=False): return torch.linalg.vector_norm(A, 1, dims, dtype=dtype) / _positions(A, dims)
         R = A.abs() if rectify == 'abs' else A.relu()
-        return R.mean(dims, dtype=dtype) if dims else R.to(dtype)
+        return R.mean(dims, dtype=dtype) if dims else R if R.dtype == dtype else R.to(dtype)
     @staticmethod
     def setup_context(ctx, inputs, output):
         A, ctx.rectify, ctx.dims, _ = inputs
@@ -451,7 +451,9 @@ class _RowMeans(torch.autograd.Function):
     def forward(M, ids, share, mass):
         S = M.new_zeros(len(mass) + 1, M.shape[1])
         for i, s in zip(ids.split(max(len(M), 1)), share.split(max(len(M), 1))): S.index_add_(0, i, M if len(ids) == len(M) else M * s[:, None])
-        return S[:-1].div_(mass[:, None])
+        S = S[:-1]
+        # torch 2.11 compiles a forward whose output was changed in place, or is one of its intermediate tensors, to a gradient of zero
+        return S / mass[:, None] if torch.compiler.is_compiling() else S.div_(mass[:, None])
     @staticmethod
     def setup_context(ctx, inputs, output):
         M, ids, share, mass = inputs
@@ -488,7 +490,7 @@ class _ProbSums(torch.autograd.Function):
             P = s.to(_double(S), copy=True)        # sums of positive numbers lose nothing in float32; 1-q and log(H^S/H^Y) would
             totals.append(P.sum(1))
             P /= _nonzero(totals[-1])[:, None]
-            votes += P.sum(0)
+            votes = votes + P.sum(0)                # not in place: see _RowMeans
             squares.append(P.square_().sum(1))
         return torch.cat(squares), votes, torch.cat(totals)
     @staticmethod

@@ -389,7 +389,24 @@ def _compile(model, config):
 
 def _compile_terms(terms):
     "A few kernels for the terms in place of a hundred small ones, whose launches are most of what they cost on a GPU"
-    for loss in terms.losses: loss.terms_and_live = torch.compile(loss.terms_and_live, dynamic=False)
+    for loss in terms.losses: loss.terms_and_live = _checked(loss.terms_and_live, torch.compile(loss.terms_and_live, dynamic=False))
+
+def _checked(eager, compiled):
+    "`compiled`; in the first step with a gradient, that is compared with the one of `eager`. Torch 2.11 had the values right and the gradient zero"
+    good = []
+    def terms(A, y):
+        if not good and A.requires_grad and torch.is_grad_enabled():
+            found = []
+            for f in (eager, compiled):
+                leaf = A.detach().requires_grad_()
+                gini, kl, _ = f(leaf, y)
+                found.append(torch.autograd.grad(gini + kl, leaf)[0].double())
+            apart, size = (found[1] - found[0]).norm().item(), found[0].norm().item()
+            if size < float('inf'):                                     # else after_train says what is wrong
+                if not apart <= 2e-2*size: raise RuntimeError(f"torch {torch.__version__} compiles the terms to a gradient that is {apart/max(size, 1e-30):.0%} off: use compile=False")
+                good.append(True)
+        return compiled(A, y)
+    return terms
 
 _OPTIMIZERS = dict(adam=torch.optim.Adam, adamax=torch.optim.Adamax, sgd=torch.optim.SGD)
 
