@@ -136,7 +136,7 @@ def test_each_pair_over_the_images():
     runs = study_runs(load_results(LAPTOP.parent), 'laptop')
     for data, n, column in (('CIFAR-100', 10_000, 'test_accuracy'), ('Caltech 101', 781, 'caltech_accuracy')):
         table = image_comparison(runs, data)
-        assert table.seed.tolist() == [0, 1, 2]
+        assert table.seed.tolist() == sorted(set(runs.seed)) and len(table) >= 3
         for r in table.itertuples():
             a, b = (runs[(runs.loss == l) & (runs.seed == r.seed)][column].iloc[0] for l in ('both', 'ce'))
             assert r.only_with_loss - r.only_baseline == round(n*(a - b))
