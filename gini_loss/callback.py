@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.learner import ValueMetric
-from .losses import GiniKLLoss, _Mixed, _is_integer, _labels
+from .losses import GiniKLLoss, _Mixed, _check_prior, _is_integer, _labels
 from .running import RunningGiniKLLoss
 from .tap import FeatureTap, _fitting_dim, _is_compiled, find_channel_dim, find_layer
 
@@ -67,6 +67,8 @@ class GiniLossCallback(Callback):
         select: Callable[[Any], torch.Tensor] | None = None, # function that picks the activations from the layer's output, for layers that return a tuple or dict
         distributed: bool = True, # where torch.distributed runs: take the class sums over all its processes
         running: int | None = None, # class averages over about this many batches (`RunningGiniKLLoss`), for batches that hold few classes; None: each batch by itself
+        class_prior: str | torch.Tensor = 'batch', # H^Y: 'batch', its own labels; 'train', the training labels; or shares or counts of the classes (n,)
+        pull: bool = False, # columns pull_gini and pull_kl: λ·‖∂term/∂A‖ / ‖∂loss/∂A‖ in the first batch of each epoch
     ) -> None:
         self.layers = _as_list(layer)
         if not self.layers: raise ValueError("layer=[] names no layer: name one or more, or leave it out for the last stage before the classifier")
@@ -79,7 +81,9 @@ class GiniLossCallback(Callback):
         self.losses = [build(g, k, rectify, reverse_kl, n_classes, distributed=distributed) for g, k in zip(*weights)]
         self.start_epoch, self.n_classes, self.channel_dim, self.ignore_index, self.select = int(start_epoch), self.losses[0].n_classes, channel_dim, ignore_index, select
         self.layer_names, self.dead_channels, self._taps, self._columns, self._told, self._looked_at = [], [], [], [], set(), set()
-        self._copied = False
+        self._copied, self.pull, self.pulls = False, pull, []
+        if isinstance(class_prior, str) and class_prior not in ('batch', 'train'): raise ValueError(f"class_prior={class_prior!r} is not known: use 'batch', 'train' or a tensor (n,)")
+        self.class_prior = class_prior
 
     # --- around the loop: what fit puts in place is taken away however it ends
     def before_fit(self):
@@ -100,6 +104,7 @@ class GiniLossCallback(Callback):
             loss.channel_dim = self.channel_dim
             loss.ignore_index = self.ignore_index if self.ignore_index is not None else getattr(self.learn.loss_func, 'ignore_index', -100)
             if isinstance(loss, RunningGiniKLLoss): loss.reset()
+            loss.class_prior = self._prior(loss.n_classes)
         if self.start_epoch >= self.learn.n_epoch and not hasattr(self.learn, 'lr_finder') and any(l.lambda_gini or l.lambda_kl for l in self.losses):
             warnings.warn(f"GiniLossCallback starts in epoch {self.start_epoch}, but this fit ends with epoch {self.learn.n_epoch-1}: the terms will"
                           " be shown and not trained on. Lower start_epoch, or train longer")
@@ -107,6 +112,7 @@ class GiniLossCallback(Callback):
         self._reset()
         self._told, self._looked_at = set(), set()
         self._columns = [ValueMetric(partial(self._mean, i, t), f'train_{term}{s}') for i, s in enumerate(suffixes) for t, term in enumerate(('gini', 'kl'))]
+        if self.pull: self._columns += [ValueMetric(partial(self._weighted_pull, i, t), f'pull_{term}{s}') for i, s in enumerate(suffixes) for t, term in enumerate(('gini', 'kl'))]
         self.learn.metrics = self.learn.metrics + self._columns
         self.learn._with_events = partial(self._guarded, self.learn._with_events)
 
@@ -141,8 +147,32 @@ class GiniLossCallback(Callback):
         super().__setstate__(state)
         self._copied = True
 
+    def _prior(self, n):
+        "The distribution that stands for H^Y, or None for the batch's own labels"
+        if isinstance(self.class_prior, str) and self.class_prior == 'batch': return None
+        if not isinstance(self.class_prior, str): return _check_prior(self.class_prior, n).to(self.learn.dls.device)
+        labels = getattr(self.learn.dls.train.dataset, 'labels', None)
+        if labels is None: labels = torch.cat([torch.as_tensor(b[-1]).reshape(-1).cpu() for b in self.learn.dls.train.new(shuffle=False, drop_last=False)])
+        return _check_prior(torch.bincount(torch.as_tensor(labels).reshape(-1).long().cpu(), minlength=n or 0), n).to(self.learn.dls.device)
+
+    def _weighted_pull(self, i, t):
+        "λ·‖∂term/∂A‖ / ‖∂loss/∂A‖ of this epoch's first batch"
+        if not self.pulls: return float('nan')
+        main, *norms = self.pulls[i]
+        return (self.losses[i].lambda_gini, self.losses[i].lambda_kl)[t]*norms[t]/main
+
+    def _measure_pull(self, A, y, loss):
+        "Norms of the gradients of the main loss, L_Gini and L_KL at the activations, on their device"
+        main, = torch.autograd.grad(self.learn.loss_grad, A, retain_graph=True)
+        leaf, training = A.detach().requires_grad_(), loss.training
+        try: gini, kl, _ = loss.eval().terms_and_live(leaf, y)          # a running average must not see the batch twice
+        finally: loss.train(training)
+        return [g.float().norm() for g in (main, *(torch.autograd.grad(term, leaf, retain_graph=True)[0] for term in (gini, kl)))]
+
     # --- inside the loop
-    def before_train(self): self._reset()
+    def before_train(self):
+        self._reset()
+        self.pulls = []
 
     def before_batch(self):
         for tap in self._taps: tap.clear()
@@ -162,8 +192,9 @@ class GiniLossCallback(Callback):
         y, total = None, 0
         for i, (tap, loss) in enumerate(zip(self._taps, self.losses)):
             on = self.learn.epoch >= self.start_epoch and bool(loss.lambda_gini or loss.lambda_kl)
-            with torch.set_grad_enabled(on):
-                try: A = tap.pop() if on else tap.activations.detach()
+            measured = self.pull and self.learn.iter == 0
+            with torch.set_grad_enabled(on or measured):
+                try: A = tap.pop() if on or measured else tap.activations.detach()
                 except RuntimeError as e:
                     if self.layers[i] is None and 'did not run' in str(e) and not _is_compiled(self.learn.model): raise RuntimeError(f"{e} It was chosen as the last stage before the classifier: name another one, layer='...'") from None
                     raise
@@ -171,6 +202,8 @@ class GiniLossCallback(Callback):
                 if loss.channel_dim is None: loss.channel_dim = find_channel_dim(self.learn.model, A, tap.module)
                 elif self.channel_dim is not None and tap.name not in self._looked_at: self._check_channel_dim(A, tap)
                 self._looked_at.add(tap.name)
+                if measured: self.pulls.append(self._measure_pull(A, y, loss))
+                if not on: A = A.detach()
                 loss._check_finite = not A.is_cuda # after_train checks there: it names the layer, and leaves the device in working order
                 try: gini, kl, live = loss.terms_and_live(A, y)
                 except (ValueError, TypeError) as e: raise type(e)(f"layer {tap.name!r}: {e}") from e

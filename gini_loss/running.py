@@ -25,8 +25,9 @@ class RunningGiniKLLoss(GiniKLLoss):
         ignore_index: int = -100, # images with this label take no part
         distributed: bool = True, # where torch.distributed runs: take the class sums over all its processes
         n_batches: int = 10, # k, how many batches the averages reach back; 1 is `GiniKLLoss`
+        class_prior: torch.Tensor | None = None, # H^Y: shares or counts of the training classes (n,), restricted to the classes remembered; None: the labels of the batches
     ) -> None:
-        super().__init__(lambda_gini, lambda_kl, rectify, reverse_kl, n_classes, channel_dim, ignore_index, distributed)
+        super().__init__(lambda_gini, lambda_kl, rectify, reverse_kl, n_classes, channel_dim, ignore_index, distributed, class_prior)
         if isinstance(n_batches, bool) or not isinstance(n_batches, int) or n_batches < 1:
             raise ValueError(f"n_batches must be a positive integer, got {n_batches!r}: 1 looks at each batch by itself")
         self.n_batches = n_batches
@@ -66,7 +67,7 @@ class RunningGiniKLLoss(GiniKLLoss):
         squares, votes, sums = _ProbSums.apply(S)
         if self._check_finite: _require_finite(sums)
         live = ~(sums <= _DEAD)
-        return _mean_impurity(1 - squares, live).to(M.dtype), _kl_divergence(votes, live, total.to(votes.dtype), self.reverse_kl).to(M.dtype), live
+        return _mean_impurity(1 - squares, live).to(M.dtype), _kl_divergence(votes, live, total.to(votes.dtype), self.reverse_kl, self.class_prior).to(M.dtype), live
 
     def _load_from_state_dict(self, state, prefix, *args):
         for name in ('means', 'mass'): # their shapes are known from the first batch on
