@@ -130,6 +130,31 @@ def test_keyboard_moves_the_channel_and_its_words(show):
     assert dot.get_attribute("aria-valuetext") != before
 
 
+def test_the_path_leads_where_repeated_steps_lead(show):
+    browser = show("triangle")
+    path = torch.tensor(browser.execute_script("return document.querySelector('[data-gini]').gini.result.path"), dtype=torch.float64)
+    S, prior = torch.tensor([[.4, .35, .25], [.8, .1, .1], [.1, .8, .1]], dtype=torch.float64), torch.full((3,), 1/3, dtype=torch.float64)
+    for _ in range(len(path) - 1):
+        M = S.T.clone().requires_grad_()
+        total = .5*gini_loss(M, torch.arange(3)) + .5*kl_loss(M, torch.arange(3), class_prior=prior)
+        grad, = torch.autograd.grad(total, M)
+        row = (S[0] - .25*grad[:, 0]).clamp(min=0)
+        S[0] = row / row.sum()
+    torch.testing.assert_close(path[-1], S[0], atol=1e-4, rtol=0)
+    assert path[-1][2] > .9                         # the class that no other channel stands for
+
+
+def test_labels_of_a_batch_make_the_path_tremble_and_a_seed_repeats_it(show):
+    browser = show("triangle")
+    browser.execute_script("document.querySelector('[data-gini]').gini.set({batch: true, m: 6, seed: 3})")
+    path = lambda: browser.execute_script("return document.querySelector('[data-gini]').gini.result.path.slice(0, 30)")
+    first = path()
+    browser.execute_script("document.querySelector('[data-gini]').gini.set({seed: 3})")
+    assert path() == first
+    browser.execute_script("document.querySelector('[data-gini]').gini.set({seed: 4})")
+    assert path() != first
+
+
 def touch(browser, start, end):
     send = lambda kind, points: browser.execute_cdp_cmd("Input.dispatchTouchEvent", dict(type=kind, touchPoints=points))
     send("touchStart", [dict(x=start[0], y=start[1])])

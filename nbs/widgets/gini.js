@@ -157,7 +157,8 @@ const GINI = "#1f77b4", KL = "#ff7f0e", BOTH = "#2ca02c"        // as in all fig
 
 const STYLE = `
 .gini-widget { margin: 1rem 0; padding: .75rem; border: 1px solid color-mix(in srgb, currentColor 25%, transparent);
-  border-radius: 6px; font-size: 14px; line-height: 1.4; color: inherit; max-width: 820px; }
+  border-radius: 6px; font-size: 14px; line-height: 1.4; color: inherit; max-width: 860px; overflow-x: auto; }
+.gini-widget sup, .gini-widget sub { line-height: 0; }
 .gini-widget p { margin: 0 0 .6rem; }
 .gini-widget .gw-columns { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; align-items: flex-start; }
 .gini-widget .gw-columns > div { flex: 1 1 300px; min-width: 0; }
@@ -256,7 +257,7 @@ function toyBatch(root) {
       })
     })
     channels.replaceChildren(...result.P.map((row, i) => make("tr", {},
-      make("th", {scope: "row"}, `channel ${i}`),
+      make("th", {scope: "row"}, i),
       make("td", {class: "gw-number"}, result.S[i].map(value => fixed(value)).join(", ")),
       make("td", {}, shares(row)),
       make("td", {class: "gw-number"}, isLive(row) ? row.map(value => fixed(value)).join(", ") : "dead"),
@@ -297,8 +298,8 @@ function toyBatch(root) {
         make("tbody", {}, ...cells.map((row, k) => make("tr", {}, make("td", {}, buttons[k]),
           ...row.map(cell => make("td", {}, cell.node))))))),
       make("div", {},
-        make("table", {}, make("caption", {}, "Each channel: class means, probabilities, impurity"),
-          make("thead", {}, head(["", "S", "S̄", "(lobster, crab)", "impurity"])), channels),
+        make("table", {}, make("caption", {}, "Class means S and probabilities S̄ (lobster, crab)"),
+          make("thead", {}, head(["channel", "S", "S̄", "", "impurity"])), channels),
         make("table", {}, make("caption", {}, "The two histograms"), histograms),
         make("table", {}, make("caption", {}, "The two losses"), losses))),
     spoken)
@@ -329,15 +330,15 @@ function triangle(root) {
 
   function labelsOf(random) {
     const prior = PRIORS[state.prior]
-    const labels = state.batch ? numbers.drawLabels(prior, state.m, random) : prior
-    return labels
+    return state.batch ? numbers.drawLabels(prior, state.m, random) : prior
   }
   function follow() {
     const random = numbers.randomNumbers(state.seed)
     const path = [state.row]
     for (let k = 0; k < steps; k++) {
       const labels = labelsOf(random), row = path[k]
-      path.push(numbers.channelStep(row, numbers.channelPull([row, ...state.others], labels, labels, state), rate))
+      const pull = numbers.channelPull([row, ...state.others], labels, labels, state)
+      path.push(numbers.channelStep(row, pull.both, rate))
     }
     return path
   }
@@ -377,8 +378,8 @@ function triangle(root) {
       dot.setAttribute("aria-valuenow", Math.round(100 * row[0]))
       dot.setAttribute("aria-valuetext", row.map((p, j) => `class ${j}: ${Math.round(100 * p)} %`).join(", "))
     }
-    words.textContent = `λ₁ ${fixed(state.lambda1, 2)}|λ₂ ${fixed(state.lambda2, 2)}|batch size ${state.m}`
-    captions.forEach((caption, k) => { caption.textContent = words.textContent.split("|")[k] })
+    const labelled = [`λ₁ ${fixed(state.lambda1)}`, `λ₂ ${fixed(state.lambda2)}`, `batch size ${state.m}`]
+    captions.forEach((caption, k) => { caption.textContent = labelled[k] })
     const size = pull => Math.hypot(...pull)
     const tell = (color, name, value, pull) => make("tr", {},
       make("th", {scope: "row"}, make("span", {class: "gw-key", style: `background:${color}`}), name),
@@ -390,7 +391,7 @@ function triangle(root) {
     histograms.replaceChildren(...[["S", HS, "channels"], ["Y", labels, state.batch ? "this batch" : "prior"]].map(([mark, values, of]) => make("tr", {},
       make("th", {scope: "row"}, sup("H", mark), ` ${of}`), make("td", {style: "width:40%"}, shares(values)),
       make("td", {class: "gw-number"}, values.map(value => fixed(value)).join(", ")))))
-    size_.disabled = again.disabled = !state.batch
+    sizeSlider.disabled = again.disabled = !state.batch
     root.gini = {state, result, set(values) { Object.assign(state, values); show() }}
   }
 
@@ -431,20 +432,20 @@ function triangle(root) {
     })
   })
 
-  const words = make("span"), captions = [make("span"), make("span"), make("span")]
+  const captions = [make("span"), make("span"), make("span")]
   const choice = (label, options, changed) => {
     const select = make("select", {"aria-label": label}, ...options.map(text => make("option", {value: text}, text)))
     select.addEventListener("change", () => { changed(select.value); show() })
     return select
   }
   const change = name => value => { state[name] = value; show() }
-  const size_ = slider("images in a batch", state.m, 3, 60, 1, change("m"))
+  const sizeSlider = slider("images in a batch", state.m, 3, 60, 1, change("m"))
   const again = make("button", {type: "button", onclick: () => { state.seed += 1; show() }}, "Draw other batches")
   const directions = ["KL(Hˢ ‖ Hʸ), as printed", "KL(Hʸ ‖ Hˢ), reversed"]
   const sources = ["the training shares (prior)", "each batch's own labels"]
   const losses = make("tbody"), histograms = make("tbody")
   root.append(
-    make("p", {}, "Drag the black point: one channel. The grey ones are two other channels, which stay where you put them. " +
+    make("p", {}, "Drag the large point: one channel. The small ones are two other channels, which stay where you put them. " +
       "The thin line is the path that descent takes the channel, and the ring is where it is after 400 steps."),
     make("div", {class: "gw-columns"}, make("div", {}, svg), make("div", {},
       make("div", {class: "gw-controls"},
@@ -453,7 +454,7 @@ function triangle(root) {
         make("span", {}, "direction"), choice("direction of KL", directions, text => { state.reverse = text === directions[1] }),
         make("span", {}, sup("H", "Y"), " is"), choice("what the channels are compared with", sources, text => { state.batch = text === sources[1] }),
         make("span", {}, "classes"), choice("training shares", Object.keys(PRIORS), text => { state.prior = text }),
-        captions[2], size_),
+        captions[2], sizeSlider),
       make("div", {class: "gw-buttons"}, again),
       make("table", {}, make("thead", {}, make("tr", {}, ...["", "value", "pull"].map((word, k) =>
         make("th", {scope: "col", class: k ? "gw-number" : ""}, word)))), losses),
