@@ -28,10 +28,10 @@ def readme():
 
 
 class with_records(build_py):
-    "The committed records of training runs and of benchmarks come with the package; an editable installation reads them in the checkout"
+    "The committed records of training runs and of benchmarks, and the script of the figures to drag, come with the package; an editable installation reads them in the checkout"
     def run(self):
         super().run()
-        for folder, name in (("results", "records"), ("benchmarks/results", "benchmarks")):
+        for folder, name in (("results", "records"), ("benchmarks/results", "benchmarks"), ("nbs/widgets", "scripts")):
             if not self.editable_mode and (here / folder).is_dir():
                 copytree(here / folder, Path(self.build_lib) / cfg["lib_path"] / name, dirs_exist_ok=True)
 
