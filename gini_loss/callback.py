@@ -14,6 +14,7 @@ import torch
 from torch import nn
 import torch.distributed as dist
 from torch.nn import functional as F
+from .extras import need_extra; need_extra('fastai')
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.learner import ValueMetric

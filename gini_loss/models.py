@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from .extras import need_extra; need_extra('replication', 'torchvision')
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 # %% ../nbs/21_resnets.ipynb #4b62d093

@@ -1,0 +1,42 @@
+"""What a person who installed the wheel gets: no development tools, the version, the records.
+
+With names of notebooks: whether they ran without the repository, and found the records that came with the package.
+"""
+import importlib.metadata as meta
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+
+def check_package():
+    assert importlib.util.find_spec("nbdev") is None, "nbdev must not be needed"
+    import gini_loss
+
+    for name in ("fastai", "torchvision", "pandas"):
+        assert name not in sys.modules, f"import gini_loss must need torch alone, but imported {name}"
+    assert gini_loss.__version__ == meta.version("gini_loss")
+    folder = Path(gini_loss.__file__).parent / "records"
+    assert any(folder.rglob("*.json")), "the records of training runs must come with the package"
+    print("gini_loss", gini_loss.__version__, {name: meta.version(name) for name in ("torch", "fastai", "fastcore")})
+
+
+def check_notebook(path):
+    outputs = [o for cell in json.loads(path.read_text())["cells"] for o in cell.get("outputs", [])]
+    assert outputs and not any(o["output_type"] == "error" for o in outputs), f"{path} did not run"
+    if path.name == "41_inside.ipynb":
+        assert "**0 runs**" not in path.read_text(), "the records that came with the package were not found"
+
+
+def main():
+    paths = [Path(name) for name in sys.argv[1:]]
+    if not paths:
+        check_package()
+        return
+    for path in paths:
+        check_notebook(path)
+    print("ran", *[path.name for path in paths])
+
+
+if __name__ == "__main__":
+    main()
