@@ -1,8 +1,10 @@
 -- What Quarto is told about pages that nbdev has prepared.
 
 -- nbdev makes links of `names` in all that `show_doc` prints, inside its code block too, where a link is only noise.
+-- It also leaves exported source open below the entry that has the signature: that is folded.
 function CodeBlock(block)
   block.text = block.text:gsub("%[(`[^`\n]+`)%]%(https?://[^)%s]+%)", "%1")
+  if block.attributes["code-summary"] == "Exported source" then block.attributes["code-fold"] = "true" end
   return block
 end
 
@@ -19,4 +21,25 @@ function Figure(figure)
     local words = pandoc.utils.blocks_to_inlines(figure.caption.long)
     return pandoc.Para { link:walk { Image = function(image) image.caption = words; return image end } }
   end
+end
+
+-- A cell with `#| classes: beside` stands beside the words and equations before it, back to a heading or another cell.
+local function is_break(block)
+  return block.t == "Header" or block.t == "Table"
+    or (block.t == "Div" and (block.classes:includes("cell") or block.classes:includes("side-by-side")))
+end
+
+function Blocks(blocks)
+  local out = pandoc.Blocks {}
+  for _, block in ipairs(blocks) do
+    if block.t == "Div" and block.classes:includes("beside") then
+      local words = pandoc.Blocks {}
+      while #out > 0 and not is_break(out[#out]) do words:insert(1, out:remove(#out)) end
+      if #words > 0 then
+        block = pandoc.Div({ pandoc.Div(words, pandoc.Attr("", { "words" })), block }, pandoc.Attr("", { "side-by-side" }))
+      end
+    end
+    out:insert(block)
+  end
+  return out
 end
