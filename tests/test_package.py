@@ -1,55 +1,166 @@
 "What a person gets who installs the package, and what they see: the wheel's files, its types, its pages"
-import inspect, json, os, re, subprocess, sys, venv, zipfile
+import ast
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from configparser import ConfigParser
 from importlib import import_module
 from pathlib import Path
 from shutil import copy2, copytree, ignore_patterns
+
 import pytest
 
 root = Path(__file__).resolve().parent.parent
+modules = sorted(path for path in (root/'gini_loss').glob('*.py') if path.stem != '_modidx')
+FILES = ['settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE', 'CHANGELOG.md', '_quarto.yml']
+FOLDERS = ['gini_loss', 'nbs', 'tests', 'results', 'benchmarks']
+
+def settings():
+    config = ConfigParser(delimiters=['='])
+    config.read(root/'settings.ini', encoding='utf-8')
+    return config['DEFAULT']
 
 @pytest.fixture(scope='module')
-def wheel(tmp_path_factory):
-    "The wheel, built by the backend that pip would call, from a copy of what it reads"
-    tree, out = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('wheel')
-    for name in ('settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'): copy2(root/name, tree)
-    for name in ('gini_loss', 'nbs', 'tests', 'results', 'benchmarks'): copytree(root/name, tree/name, ignore=ignore_patterns('__pycache__', '.*'))
-    code = f"from setuptools import build_meta; print(build_meta.build_wheel({str(out)!r}))"
+def built(tmp_path_factory):
+    "The wheel and the sdist, built by the backend that pip would call, from a copy of what it reads"
+    tree, out = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('built')
+    for name in FILES:
+        copy2(root/name, tree)
+    for name in FOLDERS:
+        copytree(root/name, tree/name, ignore=ignore_patterns('__pycache__', '.*'))
+    code = f"from setuptools import build_meta as b; b.build_wheel({str(out)!r}); b.build_sdist({str(out)!r})"
     done = subprocess.run([sys.executable, '-c', code], cwd=tree, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return next(out.glob('*.whl'))
+    return out
+
+@pytest.fixture(scope='module')
+def wheel(built):
+    return next(built.glob('*.whl'))
+
+def read_member(wheel, end):
+    "The text of the wheel's file whose name ends so"
+    archive = zipfile.ZipFile(wheel)
+    return archive.read(next(name for name in archive.namelist() if name.endswith(end))).decode()
 
 # --- files
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = {n for n in zipfile.ZipFile(wheel).namelist() if not n.endswith('/')}
     package = {n for n in names if '.dist-info/' not in n}
-    records = {n for n in package if n.startswith('gini_loss/records/')}
-    measured = {n for n in package if n.startswith('gini_loss/benchmarks/')}
-    expected = {p.relative_to(root).as_posix() for pattern in ('*.py', 'py.typed', 'studies/*.ini') for p in (root/'gini_loss').glob(pattern)}
-    assert package - records - measured == expected
-    assert measured == {f'gini_loss/benchmarks/{p.name}' for p in (root/'benchmarks'/'results').glob('*.json')} and measured
-    assert all(re.fullmatch(r'gini_loss/records/[\w./-]+\.(json|npz|csv|md)', n) for n in records)
+    copied = {folder: {n for n in package if n.startswith(f'gini_loss/{folder}/')} for folder in ('records', 'benchmarks', 'scripts')}
+    patterns = ('*.py', 'py.typed', 'studies/*.ini')
+    expected = {p.relative_to(root).as_posix() for pattern in patterns for p in (root/'gini_loss').glob(pattern)}
+    assert package - set().union(*copied.values()) == expected
+    measured = {f'gini_loss/benchmarks/{p.name}' for p in (root/'benchmarks'/'results').glob('*.json')}
+    assert copied['benchmarks'] == measured and measured
+    assert all(re.fullmatch(r'gini_loss/records/[\w./-]+\.(json|npz|csv|md)', n) for n in copied['records'])
+    assert all(n.endswith('.js') for n in copied['scripts'])
     info = {n.split('.dist-info/')[1] for n in names - package}
     assert {'METADATA', 'WHEEL', 'RECORD', 'entry_points.txt'} <= info and any(n.endswith('LICENSE') for n in info)
 
-def test_the_wheel_installs_all_commands_and_requires_no_development_tools(wheel):
-    z = zipfile.ZipFile(wheel)
-    read = lambda end: z.read(next(n for n in z.namelist() if n.endswith(end))).decode()
-    assert {'gini_demo', 'gini_train', 'gini_study'} <= set(re.findall(r'^(gini_\w+) *=', read('entry_points.txt'), re.M))
-    needed = [r for r in re.findall(r'^Requires-Dist: (.+)$', read('METADATA'), re.M) if 'extra ==' not in r]
-    assert {'torch', 'fastai'} <= {re.match(r'[\w-]+', r).group() for r in needed}
-    assert not [r for r in needed if re.match(r'(nbdev|execnb|pytest|mypy)\b', r)]
+def test_the_sdist_holds_the_notebooks_and_what_setup_reads(built):
+    archive = tarfile.open(next(built.glob('*.tar.gz')))
+    names = {name.split('/', 1)[1] for name in archive.getnames() if '/' in name}
+    notebooks = {f'nbs/{path.name}' for path in (root/'nbs').glob('*.ipynb')}
+    assert notebooks <= names and {'settings.ini', 'CHANGELOG.md', '_quarto.yml'} <= names
+    assert {f'tests/{path.name}' for path in (root/'tests').glob('*.py')} <= names
+    assert not [name for name in names if '__pycache__' in name or name.endswith('.pyc')]
+
+# --- requirements
+
+def requirements(wheel):
+    "For the core ('') and each extra, the names of the packages that it requires"
+    found = {}
+    for line in re.findall(r'^Requires-Dist: (.+)$', read_member(wheel, 'METADATA'), re.M):
+        extra = re.search(r'extra == ["\'](\w+)', line)
+        found.setdefault(extra[1] if extra else '', set()).add(re.match(r'[\w-]+', line).group().lower())
+    return found
+
+def test_the_core_needs_torch_alone_and_each_extra_has_its_packages(wheel):
+    needs = requirements(wheel)
+    assert needs[''] == {'torch'}
+    assert needs['fastai'] == {'fastai'}
+    assert {'matplotlib', 'seaborn', 'numpy', 'pandas'} <= needs['plots']
+    assert needs['fastai'] < needs['replication'] and {'torchvision', 'scipy', 'filelock', 'safetensors'} <= needs['replication']
+    assert needs['plots'] | needs['replication'] | {'jupyter'} == needs['all']
+    assert needs['all'] < needs['dev'] and {'nbdev', 'pytest', 'ruff', 'mypy'} <= needs['dev'] - needs['all']
+
+def test_floors_of_what_is_known_to_break_below(wheel):
+    metadata = read_member(wheel, 'METADATA')
+    floors = dict(re.findall(r'^Requires-Dist: (\w+)>=([\d.]+)', metadata, re.M))
+    version = {name: tuple(map(int, floor.split('.'))) for name, floor in floors.items()}
+    assert version['torchvision'] >= (0, 24) and version['timm'] >= (1, 0, 31)
+
+def test_the_versions_of_python_are_named(wheel):
+    named = set(re.findall(r'^Classifier: Programming Language :: Python :: (3\.\d+)$', read_member(wheel, 'METADATA'), re.M))
+    tested = set(re.findall(r'"(3\.\d+)"', re.search(r'python: \[.*\]', (root/'.github/workflows/test.yml').read_text()).group()))
+    assert named == tested == set(settings()['python_versions'].split()) and settings()['min_python'] in named
+
+def test_the_wheel_installs_all_commands(wheel):
+    assert {'gini_demo', 'gini_train', 'gini_study'} <= set(re.findall(r'^(gini_\w+) *=', read_member(wheel, 'entry_points.txt'), re.M))
+
+IMPORT_NAMES = {'pillow': 'PIL', 'scikit-learn': 'sklearn'}
+
+def imported_packages(path):
+    "The packages outside the standard library that a module imports, wherever in it"
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split('.')[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split('.')[0])
+    return found - set(sys.stdlib_module_names) - {'gini_loss'}
+
+# What a switch of a command asks for, where it is installed; the command says so if it is not
+OPTIONAL = {'tensorboard', 'wandb', 'pytorch_metric_learning', 'timm', 'IPython', 'nbdev', 'sentencepiece'}
+
+@pytest.mark.parametrize('path', modules, ids=lambda path: path.stem)
+def test_what_is_imported_is_declared(path, wheel):
+    declared = {IMPORT_NAMES.get(name, name) for name in set().union(*(requirements(wheel)[extra] for extra in ('', 'all')))}
+    declared |= {'fastcore', 'fastprogress'} # fastai's own
+    assert imported_packages(path) - declared - OPTIONAL == set()
+
+def run_without(packages, code):
+    "What a new interpreter prints that runs `code` and finds none of `packages`"
+    hidden = f"import sys; sys.modules.update(dict.fromkeys({list(packages)!r}))"
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', f'{hidden}\n{code}'], capture_output=True, text=True, timeout=300, cwd=root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+# not numpy and not filelock: torch itself uses them where they are
+EXTRAS_ONLY = ['fastai', 'fastcore', 'torchvision', 'pandas', 'matplotlib', 'seaborn', 'scipy', 'sklearn', 'PIL', 'safetensors']
+
+def test_import_gini_loss_needs_torch_alone():
+    code = f"import gini_loss; print([name for name in {EXTRAS_ONLY} if sys.modules[name]])"
+    assert run_without(EXTRAS_ONLY, code).strip() == '[]'
+
+GUARDED = [path.stem for path in modules if 'need_extra(' in path.read_text(encoding='utf-8') and path.stem != 'extras']
+
+@pytest.mark.parametrize('name', sorted({'callback', *GUARDED}))
+def test_a_missing_extra_answers_with_the_command_that_installs_it(name):
+    code = f"""try: import gini_loss.{name}
+except ImportError as e: print(e)"""
+    said = run_without(EXTRAS_ONLY, code)
+    assert re.search(r"pip install 'gini_loss\[(fastai|plots|replication|all)\]'", said), said
+
+# --- page on PyPI
 
 def test_the_page_on_pypi_shows_the_figures_of_the_readme(wheel):
-    z = zipfile.ZipFile(wheel)
-    page = z.read(next(n for n in z.namelist() if n.endswith('METADATA'))).decode()
-    here, there = (re.findall(r'!\[[^\]]*\]\(([^)\s]+)\)', text) for text in ((root/'README.md').read_text(encoding='utf-8'), page))
+    page, readme = read_member(wheel, 'METADATA'), (root/'README.md').read_text(encoding='utf-8')
+    here, there = (re.findall(r'!\[[^\]]*\]\(([^)\s]+)\)', text) for text in (readme, page))
     own = [image for image in here if '://' not in image]
-    cfg = dict(re.findall(r'^(user|repo|branch) *= *(\S+)', (root/'settings.ini').read_text(), re.M))
+    cfg = settings()
     raw = f"https://raw.githubusercontent.com/{cfg['user']}/{cfg['repo']}/{cfg['branch']}/"
     assert own and len(here) == len(there) and {raw + image for image in own} <= set(there)
     assert all((root/image.removeprefix(raw)).is_file() for image in there if image.startswith(raw))
-    assert not re.findall(r'\]\((?!\w+:|#)[^)]*\)|<img\b[^>]*src=["\'](?!\w+:)', page), "a link that leads nowhere outside the repository"
+    relative = re.findall(r'\]\((?!\w+:|#)[^)]*\)|<img\b[^>]*src=["\'](?!\w+:)', page)
+    assert not relative, "a link that leads nowhere outside the repository"
 
 # --- types
 
@@ -102,7 +213,7 @@ def functions(module):
             yield from (f for k, f in vars(o).items() if inspect.isfunction(f) and f.__module__ == module.__name__ and (k == '__init__' or not k.startswith('_'))
                        and not (k != '__init__' and o.__name__.endswith('Callback'))) # fastai calls those
 
-@pytest.mark.parametrize('name', ['losses', 'running', 'tap', 'callback', 'data', 'models', 'train', 'study', 'report', 'demo', 'results', 'stats', 'plots'])
+@pytest.mark.parametrize('name', [path.stem for path in modules if not path.stem.startswith('_')])
 def test_public_functions_are_annotated(name):
     incomplete = []
     for f in functions(import_module(f'gini_loss.{name}')):
