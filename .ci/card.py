@@ -1,6 +1,7 @@
-"""nbs/images/card.png, the picture shown where a page of the site is shared: the two heat maps of the home page, 1200 x 630 pixels.
+"""nbs/images/card.png, shown where a page of the site is shared: the two heat maps of the home page, 1200 x 630 pixels.
 
-Trains its two thin networks on scikit-learn's digits, about a minute on a CPU. Run it again when the sentence or the figures' look changes.
+Trains its two thin networks on scikit-learn's digits, about a minute on a CPU. Run it again when the sentence or the
+figures' look changes.
 """
 import warnings
 
@@ -30,11 +31,13 @@ labels = torch.from_numpy(digits.target).long()
 
 def trained(loss):
     set_seed(0)
-    dls = device_dls((images[:1400], labels[:1400]), (images[1400:], labels[1400:]), bs=100, seed=0, augment=False, device="cpu")
+    dls = device_dls((images[:1400], labels[:1400]), (images[1400:], labels[1400:]),
+                     bs=100, seed=0, augment=False, device="cpu")
     weight = 0.5 if loss == "both" else 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        learn = Learner(dls, resnet18(10, width=16), lr=2e-3, cbs=GiniLossCallback(lambda_gini=weight, lambda_kl=weight, start_epoch=2))
+        terms = GiniLossCallback(lambda_gini=weight, lambda_kl=weight, start_epoch=2)
+        learn = Learner(dls, resnet18(10, width=16), lr=2e-3, cbs=terms)
         learn.remove_cb(ProgressCallback)
         with learn.no_logging(): learn.fit(8)
     return layer_diagnostics(learn.model, dls.valid)
@@ -53,7 +56,8 @@ def heat_map(ax, d, title):
 fig = plt.figure(figsize=(12, 6.3), dpi=100, facecolor=BACK)
 fig.text(.05, .72, cfg["title"], color=YELLOW, fontsize=62, family="monospace", weight="bold")
 for i, line in enumerate(SENTENCE): fig.text(.05, .58 - .085*i, line, color=WHITE, fontsize=23.5)
-fig.text(.05, .27, "Derived by hand, packaged for PyTorch\nand fastai, put to the test in the open", color=PALE, fontsize=18, linespacing=1.5)
+fig.text(.05, .27, "Derived by hand, packaged for PyTorch\nand fastai, put to the test in the open",
+         color=PALE, fontsize=18, linespacing=1.5)
 fig.text(.05, .1, f"pip install {cfg['lib_name']}", color=WHITE, fontsize=19, family="monospace")
 for i, loss in enumerate(("ce", "both")):
     ax = fig.add_axes((.555 + .215*i, .17, .185, .63))

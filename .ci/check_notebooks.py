@@ -1,8 +1,8 @@
-"""What a reader relies on in every notebook: outputs stored and clean, figures and images described, links and anchors alive,
-prose between the code. Links and images are checked in README.md and CONTRIBUTING.md too.
+"""What a reader relies on in every notebook: outputs stored and clean, figures and images described, links and anchors
+alive, prose between the code. Links and images are checked in README.md and CONTRIBUTING.md too.
 
-Links that leave the project are not followed, since this runs offline: they must be well formed, and `--external` lists them
-with the files that they are in, for a person or another tool to try.
+Links that leave the project are not followed, since this runs offline: they must be well formed, and `--external`
+lists them with the files that they are in, for a person or another tool to try.
 
 Run from the repository's root. Prints one line a finding and exits with 1 if there is any.
 """
@@ -22,6 +22,7 @@ LINK = re.compile(r"(?<!!)\[(?:!\[[^\]]*\]\([^)]*\)|[^\]])*\]\(([^)\s]+)\)")
 IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)\)")
 AUTOLINK = re.compile(r"<((?:https?|mailto):[^>\n]*)>")
 SPACED = re.compile(r"\]\(\s*((?:https?:|mailto:|[\w./-]+\.(?:ipynb|md|html)\b)[^\s)]*[ \t]+(?![\"'])[^)\n]*)\)")
+HOST = re.compile(r"(?:[a-zA-Z0-9](?:[\w-]*[a-zA-Z0-9])?\.)+[a-zA-Z]{2,}(?::\d+)?")
 NO_OUTPUT = re.compile(r"^#\|\s*(?:hide\b|default_exp|exporti?\b|exports\b|include: false)", re.M)
 
 tracked = set(subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True).stdout.split())
@@ -41,15 +42,17 @@ def heading_id(heading):
 
 @lru_cache(None)
 def anchors(path):
-    "Where a link into a notebook or a Markdown file can point to: its headings, and the functions and classes it exports"
+    "Where a link into a file can point to: its headings, and the functions and classes that a notebook exports"
     path, found = Path(path), set()
     markdown = [path.read_text(encoding="utf-8")] if path.suffix == ".md" else []
     for c in cells(path) if path.suffix == ".ipynb" else []:
         source = text(c["source"])
         if c["cell_type"] == "markdown": markdown.append(source)
-        elif re.search(r"^#\|\s*exports?\b", source, re.M): found |= {name.lower() for name in re.findall(r"^(?:def|class) (\w+)", source, re.M)}
+        elif re.search(r"^#\|\s*exports?\b", source, re.M):
+            found |= {name.lower() for name in re.findall(r"^(?:def|class) (\w+)", source, re.M)}
     for source in markdown:
-        found |= {heading_id(h) for h in re.findall(r"^#{1,6}\s+(.+)$", re.sub(r"^```.*?^```", "", source, flags=re.M | re.S), re.M)}
+        without_code = re.sub(r"^```.*?^```", "", source, flags=re.M | re.S)
+        found |= {heading_id(h) for h in re.findall(r"^#{1,6}\s+(.+)$", without_code, re.M)}
         found |= set(re.findall(r"<a (?:id|name)=[\"']([\w.-]+)", source))
     return found
 
@@ -57,8 +60,10 @@ def anchors(path):
 def in_repository(target, path):
     "The file that a link means, and its anchor, or None for a link that leaves the project"
     target, _, anchor = target.partition("#")
-    if target.startswith(site + "/") or target == site: return pages.get(target[len(site) + 1:] or "index.html", Path(target)), anchor
-    for prefix in (f"{cfg['git_url']}/blob/{cfg['branch']}/", f"https://colab.research.google.com/github/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/"):
+    if target.startswith(site + "/") or target == site:
+        return pages.get(target[len(site) + 1:] or "index.html", Path(target)), anchor
+    place = f"{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/"
+    for prefix in (f"https://github.com/{place}", f"https://colab.research.google.com/github/{place}"):
         if target.startswith(prefix): return Path(target[len(prefix):]), anchor
     if re.match(r"\w+:", target): return None
     if not target: return path, anchor
@@ -72,7 +77,7 @@ def malformed(url):
     except ValueError as e: return str(e)
     if parts.scheme == "mailto": return None if re.fullmatch(r"[^@\s]+@[\w.-]+\.\w+", parts.path) else "not an address"
     if parts.scheme not in ("http", "https"): return f"{parts.scheme}: is not http, https or mailto"
-    if not re.fullmatch(r"(?:[a-zA-Z0-9](?:[\w-]*[a-zA-Z0-9])?\.)+[a-zA-Z]{2,}(?::\d+)?", parts.netloc): return f"{parts.netloc!r} is not the name of a host"
+    if not HOST.fullmatch(parts.netloc): return f"{parts.netloc!r} is not the name of a host"
     rest = url.split(parts.netloc, 1)[1]
     if re.search(r"%(?![0-9A-Fa-f]{2})|[\s<>\"{}|\\^`]", rest): return "a character that must be written with %"
     if re.search(r"https?:/?/?", rest) and "://web.archive.org/" not in url: return "two addresses in one"
@@ -85,66 +90,107 @@ def check_external(target, path, say):
     if wrong := malformed(target): say(f"malformed link {target}: {wrong}")
 
 
-def check_text(source, path, say):
-    "Links alive, anchors there, images with words in place of the picture"
-    source = prose(source)
-    for target in AUTOLINK.findall(source) + LINK.findall(source) + [url for _, url in IMAGE.findall(source)]:
-        if in_repository(target, path) is None: check_external(target, path, say)
-    for target in SPACED.findall(source): say(f"malformed link {target}: a space in it")
-    for target in LINK.findall(source):
-        if (where := in_repository(target, path)) is None: continue
-        file, anchor = where
-        if file != path and str(file) not in tracked and not any(name.startswith(f"{file}/") for name in tracked): say(f"dead link {target}")
-        elif anchor and file.suffix in (".ipynb", ".md") and anchor not in anchors(str(file)): say(f"no section #{anchor} in {file}")
+def exists(file): return str(file) in tracked or any(name.startswith(f"{file}/") for name in tracked)
+
+
+def check_link(target, path, say):
+    "A link within the project leads to a file that is there, and to a section of it"
+    where = in_repository(target, path)
+    if where is None: return
+    file, anchor = where
+    if file != path and not exists(file): say(f"dead link {target}")
+    elif anchor and file.suffix in (".ipynb", ".md") and anchor not in anchors(str(file)):
+        say(f"no section #{anchor} in {file}")
+
+
+def check_images(source, path, say):
+    "Each image is there, and has words in place of the picture"
     for alt, target in IMAGE.findall(source):
         if not alt.strip(): say(f"an image without alt text, {target}")
-        if (where := in_repository(target, path)) is not None and str(where[0]) not in tracked: say(f"no image {target}")
+        where = in_repository(target, path)
+        if where is not None and str(where[0]) not in tracked: say(f"no image {target}")
     for tag in re.findall(r"<img\b[^>]*>", source):
         if not re.search(r"alt=[\"'][^\"']", tag): say(f"an image without alt text, {tag}")
 
 
-def check(path):
-    say = lambda message: problems.append(f"{path}: {message}")
-    raw = path.read_text(encoding="utf-8")
-    if len(raw.encode()) > MAX_BYTES: say(f"{len(raw)/1e6:.1f} MB, more than {MAX_BYTES/1e6} MB")
-    all_cells = json.loads(raw)["cells"]
-    if any(isinstance(c["source"], str) for c in all_cells): say("sources as one string each: save it in Jupyter, which stores lines, so that a change can be read in a diff")
+def check_text(source, path, say):
+    "Links alive, anchors there, images with words in place of the picture"
+    source = prose(source)
+    links = LINK.findall(source)
+    for target in AUTOLINK.findall(source) + links + [url for _, url in IMAGE.findall(source)]:
+        if in_repository(target, path) is None: check_external(target, path, say)
+    for target in SPACED.findall(source): say(f"malformed link {target}: a space in it")
+    for target in links: check_link(target, path, say)
+    check_images(source, path, say)
+
+
+def check_opening(path, all_cells, say):
+    "Title, one sentence, Colab link; and outputs, where there are cells that show some"
     first = text(all_cells[0]["source"])
     if not first.startswith("# "): say("the first cell is not a title")
     if not re.search(r"^> \S", first, re.M): say("no one-sentence subtitle under the title")
-    if f"/nbs/{path.name})" not in first + text(all_cells[1]["source"]): say("no Colab link to this notebook at the top")
+    if f"/nbs/{path.name})" not in first + text(all_cells[1]["source"]):
+        say("no Colab link to this notebook at the top")
     shown = [c for c in all_cells if c["cell_type"] == "code" and not NO_OUTPUT.search(text(c["source"]))]
     if shown and not any(c.get("outputs") for c in shown): say("no cell has an output")
+
+
+def check_output(output, source, path, say):
+    data = output.get("data", {})
+    printed = text(output.get("text")) + "".join(text(v) for k, v in data.items() if k.startswith("text/"))
+    if output["output_type"] == "error": say("a stored error")
+    if output.get("name") == "stderr": say("stored stderr")
+    if "\r" in printed or "%|" in printed: say("a progress bar")
+    if found := MACHINE_PATH.search(printed): say(f"a path of some machine, {found.group(0)}")
+    if "text/markdown" in data: check_text(text(data["text/markdown"]), path, say)
+    if "image/png" in data and "fig-alt:" not in source: say("a figure without `#| fig-alt:`")
+
+
+def reporter(where):
+    def say(message): problems.append(f"{where}: {message}")
+    return say
+
+
+def check(path):
+    say = reporter(path)
+    raw = path.read_text(encoding="utf-8")
+    if len(raw.encode()) > MAX_BYTES: say(f"{len(raw)/1e6:.1f} MB, more than {MAX_BYTES/1e6} MB")
+    all_cells = json.loads(raw)["cells"]
+    if any(isinstance(c["source"], str) for c in all_cells):
+        say("sources as one string each: save it in Jupyter, which stores lines, so that a diff can be read")
+    check_opening(path, all_cells, say)
     run = 0
     for i, c in enumerate(all_cells):
-        source = text(c["source"])
+        source, say = text(c["source"]), reporter(f"{path}: cell {i}")
         if c["cell_type"] != "code":
             run = 0
-            check_text(source, path, lambda message: say(f"cell {i}: {message}"))
+            check_text(source, path, say)
             continue
         if not re.search(r"^#\|\s*hide\b", source, re.M): run += 1
-        if run == MAX_CODE_RUN + 1: say(f"cell {i}: more than {MAX_CODE_RUN} code cells without a word between")
-        for o in c.get("outputs", []):
-            data = o.get("data", {})
-            printed = text(o.get("text")) + "".join(text(v) for k, v in data.items() if k.startswith("text/"))
-            if o["output_type"] == "error": say(f"cell {i}: a stored error")
-            if o.get("name") == "stderr": say(f"cell {i}: stored stderr")
-            if "\r" in printed or "%|" in printed: say(f"cell {i}: a progress bar")
-            if found := MACHINE_PATH.search(printed): say(f"cell {i}: a path of some machine, {found.group(0)}")
-            if "text/markdown" in data: check_text(text(data["text/markdown"]), path, lambda message: say(f"cell {i}: {message}"))
-            if "image/png" in data and "fig-alt:" not in source: say(f"cell {i}: a figure without `#| fig-alt:`")
-    return raw
+        if run == MAX_CODE_RUN + 1: say(f"more than {MAX_CODE_RUN} code cells without a word between")
+        for output in c.get("outputs", []): check_output(output, source, path, say)
 
 
-for path in sorted(Path("nbs").glob("*.ipynb")): check(path)
-for path in (Path("README.md"), Path("CONTRIBUTING.md")): check_text(path.read_text(encoding="utf-8"), path, lambda message: problems.append(f"{path}: {message}"))
-for path in map(Path, ("nbs/references.bib", "CITATION.cff", "CHANGELOG.md")):
-    for target in re.findall(r"(?:https?|mailto):[^\s{}<>\"'()]+", path.read_text(encoding="utf-8")): check_external(target, path, lambda message: problems.append(f"{path}: {message}"))
-sidebar = re.findall(r"href: (\S+\.ipynb)", Path("_quarto.yml").read_text(encoding="utf-8"))
-for name in sidebar:
-    if f"nbs/{name}" not in tracked: problems.append(f"_quarto.yml: {name} is not there")
-for path in sorted(Path("nbs").glob("*.ipynb")):
-    if path.name not in sidebar: problems.append(f"_quarto.yml: {path.name} is not in the sidebar")
-if "--external" in sys.argv: print("\n".join(f"{url}  ({', '.join(sorted(where))})" for url, where in sorted(external.items())))
-print("\n".join(problems) or f"{len(sidebar)} notebooks in order")
-sys.exit(bool(problems))
+def check_sidebar(names):
+    for name in names:
+        if f"nbs/{name}" not in tracked: problems.append(f"_quarto.yml: {name} is not there")
+    for path in sorted(Path("nbs").glob("*.ipynb")):
+        if path.name not in names: problems.append(f"_quarto.yml: {path.name} is not in the sidebar")
+
+
+def main():
+    for path in sorted(Path("nbs").glob("*.ipynb")): check(path)
+    for path in map(Path, ("README.md", "CONTRIBUTING.md")):
+        check_text(path.read_text(encoding="utf-8"), path, reporter(path))
+    for path in map(Path, ("nbs/references.bib", "CITATION.cff", "CHANGELOG.md")):
+        targets = re.findall(r"(?:https?|mailto):[^\s{}<>\"'()]+", path.read_text(encoding="utf-8"))
+        for target in targets: check_external(target, path, reporter(path))
+    sidebar = re.findall(r"href: (\S+\.ipynb)", Path("_quarto.yml").read_text(encoding="utf-8"))
+    check_sidebar(sidebar)
+    if "--external" in sys.argv:
+        for url, where in sorted(external.items()): print(f"{url}  ({', '.join(sorted(where))})")
+    print("\n".join(problems) or f"{len(sidebar)} notebooks in order")
+    sys.exit(bool(problems))
+
+
+if __name__ == "__main__": main()

@@ -1,8 +1,8 @@
 """Stored outputs that are facts about the repository: run the pages that hold them again, and compare.
 
-A page's signatures, lists of files, steps and studies are read from the tree when its cells run, and what is stored goes out
-of date without an error. Numbers with a decimal point are left out of the comparison, since they differ a little from machine
-to machine, and so are figures. Nothing is written; exits with 1 if anything differs.
+A page's signatures, lists of files, steps and studies are read from the tree when its cells run, and what is stored
+goes out of date without an error. Numbers with a decimal point are left out of the comparison, since they differ a
+little from machine to machine, and so are figures. Nothing is written; exits with 1 if anything differs.
 """
 import re
 import sys
@@ -34,17 +34,26 @@ def difference(old, new):
     return None
 
 
+def compare(name):
+    "Run a page again, and describe each cell whose output is not the stored one"
+    path = root / "nbs" / name
+    nb = nbformat.read(path, 4)
+    stored = [facts(c) for c in nb.cells]
+    where = dict(metadata=dict(path=str(path.parent)))
+    NotebookClient(nb, timeout=600, kernel_name="python3", resources=where).execute()
+    for i, (c, old) in enumerate(zip(nb.cells, stored)):
+        found = difference(old, facts(c)) if c.cell_type == "code" else None
+        if found: yield f"nbs/{name}, cell {i}: stored, then new\n    {found[0][:300]}\n    {found[1][:300]}"
+
+
 def main():
     wrong = []
     for name in PAGES:
-        start, nb = time.time(), nbformat.read(root / "nbs" / name, 4)
-        stored = [facts(c) for c in nb.cells]
-        NotebookClient(nb, timeout=600, kernel_name="python3", resources=dict(metadata=dict(path=str(root / "nbs")))).execute()
-        for i, (c, old) in enumerate(zip(nb.cells, stored)):
-            if c.cell_type == "code" and (found := difference(old, facts(c))): wrong.append(f"nbs/{name}, cell {i}: stored, then new\n    {found[0][:300]}\n    {found[1][:300]}")
+        start = time.time()
+        wrong += compare(name)
         print(f"{name} ran in {time.time() - start:.0f} s", flush=True)
     print("\n".join(wrong) or "the stored outputs are what the repository says")
-    sys.exit("run these pages again, then nbdev_clean and python .ci/readme.py" if wrong else 0)
+    sys.exit("run these pages again, then make prepare" if wrong else 0)
 
 
 if __name__ == "__main__": main()

@@ -1,4 +1,4 @@
-"What the scripts here share: where things are, what settings.ini says, what a notebook's title is and where its page will be."
+"What the scripts here share: where things are, what settings.ini says, a notebook's title, the address of its page."
 import json
 import re
 from configparser import ConfigParser

@@ -1,4 +1,4 @@
-"""nbs/llms.txt, the site's contents for language models (llmstxt.org), from the sidebar and what each notebook says of itself.
+"""nbs/llms.txt, the site's contents for language models (llmstxt.org), from the sidebar and the notebooks' first lines.
 
 `--check` says whether the file and the notebooks have drifted apart.
 """
@@ -12,7 +12,8 @@ TARGET = root / "nbs" / "llms.txt"
 
 def link(item):
     title, subtitle = title_and_subtitle(root / "nbs" / item["href"])
-    if item["href"] == "index.ipynb": subtitle = "the loss in a few lines, what it changes, how far the replication has come, how to cite it"     # its subtitle stands above
+    if item["href"] == "index.ipynb":     # its subtitle stands above
+        subtitle = "the loss in a few lines, what it changes, how far the replication has come, how to cite it"
     return f"- [{title}]({site}/{page(item['href'])}): {subtitle}"
 
 
@@ -20,12 +21,14 @@ def render():
     sidebar = yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
     title, summary = title_and_subtitle(root / "nbs" / "index.ipynb")
     start = [o for o in sidebar if "href" in o]
-    out = [f"# {title}", f"> {summary}", f"Install with `pip install {cfg['lib_name']}`. Every page is a notebook with its outputs; the library is exported from them."]
+    pages = "Every page is a notebook with its outputs; the library is exported from them."
+    out = [f"# {title}", f"> {summary}", f"Install with `pip install {cfg['lib_name']}`. {pages}"]
     for section in [dict(section="Start", contents=start), *(o for o in sidebar if "section" in o)]:
         out.append(f"## {section['section']}\n\n" + "\n".join(map(link, section["contents"])))
     source = cfg["git_url"]
-    out.append("## Optional\n\n" + "\n".join([f"- [Source]({source}): the notebooks, the library, the tests and the records of all runs",
-        f"- [Changelog]({source}/blob/{cfg['branch']}/CHANGELOG.md): what changed between versions"]))
+    optional = [f"- [Source]({source}): the notebooks, the library, the tests and the records of all runs"]
+    optional.append(f"- [Changelog]({source}/blob/{cfg['branch']}/CHANGELOG.md): what changed between versions")
+    out.append("## Optional\n\n" + "\n".join(optional))
     return "\n\n".join(out) + "\n"
 
 
@@ -33,7 +36,8 @@ def main():
     if "--check" not in sys.argv:
         TARGET.write_text(render(), encoding="utf-8")
         return print("wrote nbs/llms.txt")
-    if not TARGET.exists() or TARGET.read_text(encoding="utf-8") != render(): sys.exit("nbs/llms.txt is not what the notebooks say; run `python .ci/llms.py`")
+    if not TARGET.exists() or TARGET.read_text(encoding="utf-8") != render():
+        sys.exit("nbs/llms.txt is not what the notebooks say; run `python .ci/llms.py`")
     print("nbs/llms.txt and the notebooks agree")
 
 

@@ -1,8 +1,8 @@
 """README.md from nbs/index.ipynb and CONTRIBUTING.md from nbs/70_contributing.ipynb.
 
-`nbdev_readme` is not used for this: with Quarto it loses the sentence under the title, the pages behind the links and the
-words in place of the pictures. `--check` says whether either file has drifted from its notebook. It compares the words and
-the code, not the layout.
+`nbdev_readme` is not used for this: with Quarto it loses the sentence under the title, the pages behind the links and
+the words in place of the pictures. `--check` says whether either file has drifted from its notebook. It compares the
+words and the code, not the layout.
 """
 import base64
 import re
@@ -10,7 +10,10 @@ import sys
 
 from common import cells, root, site, text
 
-RENDERED = {"README.md": ("index.ipynb", "index_files/figure-commonmark"), "CONTRIBUTING.md": ("70_contributing.ipynb", "contributing_files/figure-commonmark")}
+RENDERED = {
+    "README.md": ("index.ipynb", "index_files/figure-commonmark"),
+    "CONTRIBUTING.md": ("70_contributing.ipynb", "contributing_files/figure-commonmark"),
+}
 
 
 def markdown_parts(cells):
@@ -26,7 +29,9 @@ def markdown_parts(cells):
         if code and options.get("echo") != "false": yield "code", code
         for k, o in enumerate(c.get("outputs", []), 1):
             data = o.get("data", {})
-            if "image/png" in data: yield "image", (f"cell-{i+1}-output-{k}.png", text(data["image/png"]), options.get("fig-alt", "").strip('"'))
+            if "image/png" in data:
+                alt = options.get("fig-alt", "").strip('"')
+                yield "image", (f"cell-{i+1}-output-{k}.png", text(data["image/png"]), alt)
             elif "text/markdown" in data: yield "text", text(data["text/markdown"])
             else: yield "output", (text(o.get("text")) or text(data.get("text/plain"))).rstrip()
 
@@ -53,8 +58,10 @@ def difference(parts, target):
     "What the notebook says and the rendered file does not, or None"
     if not (root / target).exists(): return f"there is no {target}"
     have = " ".join(words((root / target).read_text(encoding="utf-8")))
-    missing = [p for kind, part in parts if kind != "image" for p in part.split("\n\n") if " ".join(words(p)) not in have]
-    missing += [part[0] for kind, part in parts if kind == "image" and not any((root / RENDERED[target][1]).glob("*.png"))]
+    written = [p for kind, part in parts if kind != "image" for p in part.split("\n\n")]
+    missing = [p for p in written if " ".join(words(p)) not in have]
+    if not any((root / RENDERED[target][1]).glob("*.png")):
+        missing += [part[0] for kind, part in parts if kind == "image"]
     return missing[0] if missing else None
 
 
@@ -63,7 +70,9 @@ def main():
         parts = list(markdown_parts(cells(root / "nbs" / notebook)))
         if "--check" in sys.argv:
             missing = difference(parts, target)
-            if missing: sys.exit(f"{target} does not hold what nbs/{notebook} says; run `python .ci/readme.py`. First difference:\n{missing}")
+            if missing:
+                advice = "run `python .ci/readme.py`. First difference:"
+                sys.exit(f"{target} does not hold what nbs/{notebook} says; {advice}\n{missing}")
             print(f"{target} and nbs/{notebook} agree")
             continue
         for old in (root / images).glob("*.png"): old.unlink()

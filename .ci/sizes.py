@@ -30,7 +30,8 @@ def install(folder, requirements):
 
 def import_seconds(python, tries=5):
     "Seconds for torch, and for gini_loss after it: the fastest of several fresh processes"
-    code = "from time import perf_counter as now; a = now(); import torch; b = now(); import gini_loss; print(b - a, now() - b)"
+    imports = "a = now(); import torch; b = now(); import gini_loss; print(b - a, now() - b)"
+    code = f"from time import perf_counter as now; {imports}"
     runs = []
     for _ in range(tries):
         done = subprocess.run([python, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True, cwd="/")
