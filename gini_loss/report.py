@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import gini_loss
 from .data import CALTECH12
-from .results import load_results, read_predictions
+from .records import load_results, read_predictions
 from .stats import compare, judgement_rule, paired_images, paper_claims
 from .study import Study, load_study
 from .train import Config, recipe

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 import gini_loss
-from .train import (CheckpointError, Config, DataNotFound, RECIPES, RunLocked, _add_run_options, _agree, _device, _distributed, _message, _one_or_more, _parse, _rank, _world_size, check_folders, find_record, is_locked,
+from .records import RecordError, find_record
+from .train import (CheckpointError, Config, DataNotFound, RECIPES, RunLocked, _add_run_options, _agree, _device, _distributed, _message, _one_or_more, _parse, _rank, _world_size, check_folders, is_locked,
                              read_checkpoint_header, recipe, train)
 
 # %% ../nbs/25_studies.ipynb #6b07419a
@@ -79,9 +80,10 @@ def load_study(
 class RunState(NamedTuple):
     "Where one run of a study stands"
     config: Config # the run
-    state: str # done, running, stopped (a checkpoint is there) or missing
+    state: str # done, running, stopped (a checkpoint is there), missing or damaged (a file has its record's name and is not a good record)
     epochs: int # epochs that are done and kept
     estimate: float # seconds that it still needs, as far as similar runs tell; NaN: unknown
+    problem: str = '' # what is wrong with a damaged record
 
 def _seconds_per_epoch(results):
     "Seconds per epoch of the recorded runs, by what a run costs"
@@ -107,15 +109,18 @@ def study_state(
     for c in study.configs:
         path = Path(checkpoints)/f'{c.run_id}.pt'
         header = {}
-        if find_record(results, c) is not None:
-            states.append(RunState(c, 'done', c.epochs, 0.))
-            continue
+        problem = ''
+        try:
+            if find_record(results, c) is not None:
+                states.append(RunState(c, 'done', c.epochs, 0.))
+                continue
+        except RecordError as e: problem = str(e)
         try: header = read_checkpoint_header(path)
         except (OSError, CheckpointError): pass
         epochs = header.get('epoch', -1) + 1
         each = header['seconds']/epochs if epochs and 'seconds' in header else known.get(_cost_key(c), float('nan'))
         state = 'running' if is_locked(path.with_suffix('.lock')) else 'stopped' if path.exists() else 'missing'
-        states.append(RunState(c, state, epochs, each*(c.epochs - epochs)))
+        states.append(RunState(c, 'damaged' if problem else state, epochs, each*(c.epochs - epochs), problem))
     return states
 
 def _duration(seconds): return '?' if seconds != seconds else f'{int(seconds)//3600}:{int(seconds)//60 % 60:02}:{int(seconds) % 60:02}'
@@ -124,11 +129,11 @@ def print_state(
     states: Sequence[RunState], # from `study_state`
 ) -> None:
     "A line per run, and the sums"
-    for s in states: print(f'{s.config.run_id:40} {s.state:8} {s.epochs:4}/{s.config.epochs}' + (f'  {_duration(s.estimate)} left' if s.state != 'done' else ''))
+    for s in states: print(f'{s.config.run_id:40} {s.state:8} {s.epochs:4}/{s.config.epochs}' + (f'  {_duration(s.estimate)} left' if s.state not in ('done', 'damaged') else '') + f'  {s.problem}'.rstrip())
     count = lambda state: sum(s.state == state for s in states)
     left = [s.estimate for s in states if s.state != 'done']
     known = sum(e for e in left if e == e)
-    print(f"{count('done')} done, {count('running')} under way, {count('stopped')} stopped, {count('missing')} missing; "
+    print(f"{count('done')} done, {count('running')} under way, {count('stopped')} stopped, {count('missing')} missing" + (f", {count('damaged')} damaged" if count('damaged') else '') + "; "
           f"{_duration(known)} left" + (f", and {sum(e != e for e in left)} runs of unknown length" if any(e != e for e in left) else ''))
 
 # %% ../nbs/25_studies.ipynb #13ad8c44

@@ -12,23 +12,16 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 for name in ('fastai', 'pandas'): pytest.importorskip(name, reason="records are read with pandas and the engine")
 warnings.filterwarnings('ignore', category=FutureWarning)
-from gini_loss.results import RecordError, SCHEMA, check_record, load_results, read_predictions, read_record
+from gini_loss.records import RecordError, check_record, load_results, read_predictions, read_record
 from gini_loss.study import Study, load_study, study_state
 from gini_loss.train import CheckpointError, Config, _MAGIC, load_checkpoint, read_checkpoint_header, recipe, save_checkpoint, train
+from made_up import made_up_record, put, small, without_digests
 
 FUZZ = int(os.environ.get('GINI_LOSS_FUZZ', 0))
 profile = settings(max_examples=FUZZ or 150, derandomize=not FUZZ, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
-def a_record():
-    "A good record, made up"
-    c = recipe('test', epochs=2)
-    scores = dict(epoch=1, valid_accuracy=.5, test_accuracy=.5, test_loss=1., caltech_accuracy=None, caltech_accuracy_12=None, caltech_loss=None)
-    return dict(format=1, run_id=c.run_id, config_hash=c.config_hash, pair_hash=c.pair_hash, config=json.loads(json.dumps(asdict(c))), last=scores, best=dict(scores),
-                layer=dict(name='layer4', channels=32, dead_channels=0, gini=.5, kl=.1), seconds=dict(training=1., session=1., sessions=1),
-                hardware=dict(device='cpu', device_name='cpu', cores=2, threads=1, processes=1), versions=dict(python='3', torch='2', fastai='2', gini_loss='0'),
-                finished='2026-01-01', source=dict(commit=None), epochs={k: [.5, .5] for k in SCHEMA['epochs']})
-
-GOOD = a_record()
+GOOD = made_up_record(small())[0] # a good record, as versions before digests wrote it
+NAME = GOOD['run_id']
 json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from([10**30, -1, 0, 'nan', '../..']),
                            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=6)
 
@@ -72,50 +65,59 @@ def folder(tmp_path_factory): return tmp_path_factory.mktemp('files')
 # ---- Records ----
 
 def read_all(folder, file):
+    "Is the record read? By the frame, by name and by a study alike, without any change to the files"
     before = files(folder)
     try: runs = load_results(folder)
-    except RecordError as e: assert file.name in str(e); good = False
+    except RecordError as e: assert file.stem in str(e); good = False
     else: assert len(runs) == 1; good = True
     try: record = read_record(str(file)); assert isinstance(record, dict) and good
-    except RecordError as e: assert file.name in str(e) and not good
-    c = recipe('test', epochs=2)                                                         # a study looks at the same files for the time of a run
-    state, = study_state(Study('a', 'a', [c]), folder, folder/'checkpoints')
-    assert state.state in ('missing', 'done')
+    except RecordError as e: assert file.stem in str(e) and not good
+    state, = study_state(Study('a', 'a', [small()]), folder, folder/'checkpoints')
+    assert state.state == ('done' if good else 'damaged')
     unchanged(folder, before)
     return good
 
-def test_the_good_record_is_good(folder):
-    where = folder/'good'; where.mkdir()
-    (where/'r.json').write_text(json.dumps(GOOD))
-    assert read_all(where, where/'r.json') and check_record(GOOD).run_id == GOOD['run_id']
+@pytest.fixture
+def unsealed(folder, request):
+    "The path of a good record without digests, in a folder of its own"
+    where = folder/request.node.originalname
+    return without_digests(put(where, small()))
+
+def test_the_good_record_is_good(unsealed):
+    assert read_all(unsealed.parent, unsealed) and check_record(GOOD).run_id == GOOD['run_id']
 
 @given(data=mutated(json.dumps(GOOD).encode()) | st.binary(max_size=60))
 @profile
-def test_fuzz_record_bytes(folder, data):
-    where = folder/'bytes'; where.mkdir(exist_ok=True)
-    (where/'r.json').write_bytes(data)
-    read_all(where, where/'r.json')
+def test_fuzz_record_bytes(unsealed, data):
+    unsealed.write_bytes(data)
+    read_all(unsealed.parent, unsealed)
 
 @given(edits=changes)
 @profile
-def test_fuzz_record_values(folder, edits):
-    where = folder/'values'; where.mkdir(exist_ok=True)
-    (where/'r.json').write_text(json.dumps(with_changes(GOOD, edits)))
-    read_all(where, where/'r.json')
+def test_fuzz_record_values(unsealed, edits):
+    unsealed.write_text(json.dumps(with_changes(GOOD, edits)))
+    read_all(unsealed.parent, unsealed)
 
 @pytest.mark.parametrize('text', ['', '[', '[]', '{}', 'null', '"a"', '1e999', '['*100_000, '{"a":'*100_000, '1'*10_000, '\ufeff{}', '\x00'])
 def test_odd_json_is_a_bad_record(tmp_path, text):
-    (tmp_path/'r.json').write_text(text)
-    assert not read_all(tmp_path, tmp_path/'r.json')
+    file = put(tmp_path, small())
+    file.write_text(text)
+    assert not read_all(tmp_path, file)
 
-@given(data=st.binary(max_size=60) | st.binary(max_size=40).map(lambda b: b'PK\x03\x04' + b))
+@given(data=st.data())
 @profile
 def test_fuzz_predictions(folder, data):
-    where = folder/'npz'; where.mkdir(exist_ok=True)
-    (where/'r.json').write_text(json.dumps(GOOD)); (where/'r.npz').write_bytes(data); before = files(where)
-    try: assert isinstance(read_predictions(str(where/'r.json')), dict)
-    except RecordError as e: assert 'r.npz' in str(e)
-    unchanged(where, before)
+    "Bytes in place of the npz of a record with and without digests: what they hold, or an error that names the record"
+    sealed = data.draw(st.booleans())
+    file = put(folder/'npz', small())
+    if not sealed: without_digests(file)
+    packed = file.with_suffix('.npz')
+    any_bytes = st.binary(max_size=60) | st.binary(max_size=40).map(lambda b: b'PK\x03\x04' + b) | mutated(packed.read_bytes())
+    whole, given = packed.read_bytes(), data.draw(any_bytes)
+    packed.write_bytes(given); before = files(file.parent)
+    try: assert isinstance(read_predictions(str(file)), dict) and (given == whole or not sealed)
+    except RecordError as e: assert file.stem in str(e)
+    unchanged(file.parent, before)
 
 # ---- Checkpoints ----
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 warnings.filterwarnings('ignore', category=FutureWarning)
-from gini_loss import train as engine
+from gini_loss import records, train as engine
 from gini_loss.train import (CheckpointError, Config, RECIPES, RunLock, RunLocked, build_dls, build_learner, is_locked, load_checkpoint, main,
                              read_checkpoint_header, recipe, save_checkpoint, train)
 
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
 ALONE = {k: v for k, v in ENV.items() if k not in ('WORLD_SIZE', 'RANK')} # no part of a group that these tests may run in
-VOLATILE = ('finished', 'seconds', 'source')
+VOLATILE = ('finished', 'seconds', 'source', 'digest')
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -43,12 +43,12 @@ def assert_same(config, a, b):
 def test_commit_of_sources_without_git(tmp_path, monkeypatch):
     "Outside a checkout: what the variable says, else what pip noted of a git address, else nothing"
     monkeypatch.delenv('GINI_LOSS_COMMIT', raising=False)
-    monkeypatch.setattr(engine.gini_loss, '__file__', str(tmp_path/'gini_loss'/'__init__.py'))
-    (tmp_path/'gini_loss').mkdir(); commit = engine._commit.__wrapped__
+    monkeypatch.setattr(records.gini_loss, '__file__', str(tmp_path/'gini_loss'/'__init__.py'))
+    (tmp_path/'gini_loss').mkdir(); commit = records.source_commit.__wrapped__
     assert commit() is None
     note = tmp_path/'gini_loss-0.1.0.dist-info'; note.mkdir()
     (note/'METADATA').write_text('Metadata-Version: 2.1\nName: gini_loss\nVersion: 0.1.0\n')
-    monkeypatch.setattr(engine, 'distribution', lambda name: __import__('importlib.metadata').metadata.Distribution.at(note))
+    monkeypatch.setattr(records, 'distribution', lambda name: __import__('importlib.metadata').metadata.Distribution.at(note))
     assert commit() is None
     for text, expected in (('{"url": "https://example.org/x.whl", "archive_info": {}}', None), ('{', None), ('[]', None),
                            (json.dumps(dict(url='https://example.org/x.git', vcs_info=dict(vcs='git', commit_id='1f'*20))), dict(commit='1f'*20, modified=None))):
