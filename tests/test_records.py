@@ -1,5 +1,5 @@
 "Records: writing, reading, refusing what is not whole, selecting and pairing. Made-up records; a few are trained, on synthetic images."
-import io, json, os, re, shutil, struct, warnings, zipfile
+import io, json, re, shutil, struct, warnings, zipfile
 from pathlib import Path
 
 import numpy as np
