@@ -22,10 +22,19 @@ from fastai.callback.core import CancelFitException, Callback
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from gini_loss.data import ImageSet, device_dls
 from gini_loss.train import build_dls, build_learner, environment, recipe
 
 VARIANTS = {'float32': {}, 'without the terms': dict(loss='ce'), 'bfloat16': dict(precision='bfloat16'), 'channels_last': dict(channels_last=True),
             'compile': dict(compile=True), 'all three': dict(precision='bfloat16', channels_last=True, compile=True)}
+
+
+def loaders(config, args):
+    "The data of `config`; with --data made-up, noise in the sizes of CIFAR-100, for machines where that is not"
+    if args.data != 'made-up': return build_dls(config, args.data_root, args.device)
+    g = torch.Generator().manual_seed(0)
+    sets = [ImageSet(torch.randint(0, 256, (n, 3, 32, 32), generator=g, dtype=torch.uint8), torch.arange(n) % 100) for n in (args.images or 46_000, 500, 500)]
+    return device_dls(*sets, classes=[str(i) for i in range(100)], bs=config.bs, val_bs=500, device=args.device, normalize=False, channels_last=config.channels_last)
 
 
 def measure(config, args, keep):
@@ -35,7 +44,7 @@ def measure(config, args, keep):
     for name, changes in VARIANTS.items():
         if args.variants and name not in args.variants: continue
         c = replace(config, **changes)
-        learners[name] = build_learner(c, build_dls(c, args.data_root, args.device))
+        learners[name] = build_learner(c, loaders(c, args))
     images = len(next(iter(learners.values())).dls.train.dataset)
     def rows():
         base = seconds.get('float32')
@@ -92,7 +101,7 @@ def profile_steps(learn, steps):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--arch', nargs='+', default=['resnet18'], help='networks (default resnet18)')
-    parser.add_argument('--data', default='cifar100', help='cifar100 or synthetic')
+    parser.add_argument('--data', default='cifar100', help='cifar100, synthetic, or made-up: noise in the sizes of CIFAR-100')
     parser.add_argument('--images', type=int, help='training images (default all)')
     parser.add_argument('--bs', type=int, help="batch size (default the recipe's)")
     parser.add_argument('--width', type=int, help="channels of the first stage (default the paper's)")
@@ -123,7 +132,7 @@ def main():
             save(rows)
         learners = None; gc.collect()                                    # those of the network before
         if args.device.startswith('cuda'): torch.cuda.empty_cache()
-        changes = dict(start_epoch=0, epochs=1, data=args.data)
+        changes = dict(start_epoch=0, epochs=1, data='cifar100' if args.data == 'made-up' else args.data)
         if args.images: changes['train_per_class'] = args.images//(100 if args.data == 'cifar100' else 10)
         if args.bs: changes['bs'] = args.bs
         if args.width: changes['width'] = args.width

@@ -76,7 +76,8 @@ CIFAR100.__doc__ = "`train` and `test` (each an `ImageSet`), 100 class names, 20
 def _subfolders(path): return sorted((o for o in path.iterdir() if o.is_dir() and not o.name.startswith('.')), key=lambda o: o.name)
 
 def load_cifar100(
-    root: str | Path | None = None # Folder that holds train/<superclass>/<class>/*.png and test/...; None: fastai's data folder, downloaded when absent
+    root: str | Path | None = None, # Folder that holds train/<superclass>/<class>/*.png and test/...; None: fastai's data folder, downloaded when absent
+    classes: Sequence[str] | None = None # Names of the classes wanted, relabelled 0, 1, ... in alphabetical order: only their folders need to be there; None: all
 ) -> CIFAR100:
     "CIFAR-100 in memory, images ordered by class and file name. FileNotFoundError without the folders, ValueError for images that are not 32×32."
     path = untar_data(URLs.CIFAR_100) if root is None else Path(root)
@@ -84,6 +85,11 @@ def load_cifar100(
         if not (path/split).is_dir():
             raise FileNotFoundError(f"No folder {path/split}. Expected {split}/<superclass>/<class>/*.png under root; leave root out to download CIFAR-100.")
     folders = {s: sorted((c for o in _subfolders(path/s) for c in _subfolders(o)), key=lambda o: o.name) for s in ('train', 'test')}
+    wanted = classes
+    if wanted is not None:
+        folders = {s: [o for o in found if o.name in set(wanted)] for s, found in folders.items()}
+        missing = sorted(set(wanted) - {o.name for o in folders['train']})
+        if missing: raise ValueError(f"No class {', '.join(missing[:5])} in {path/'train'}. Expected train/<superclass>/<class>/*.png.")
     classes = [o.name for o in folders['train']]
     if not classes: raise ValueError(f"No class folders in {path/'train'}. Expected train/<superclass>/<class>/*.png.")
     if len(set(classes)) < len(classes): raise ValueError(f"A class is in two superclasses of {path/'train'}; class names must be unique.")
@@ -100,9 +106,10 @@ def load_cifar100(
             arrays[f'{split}_labels'] = np.repeat(np.arange(len(files)), [len(o) for o in files])
         return arrays
 
-    arrays = _cached(path/'cifar100.npz', folders['train'] + folders['test'], build)
+    name = 'cifar100' if wanted is None else f"cifar100-{len(classes)}-{blake2b(' '.join(classes).encode(), digest_size=4).hexdigest()}"
+    arrays = _cached(path/f'{name}.npz', folders['train'] + folders['test'], build)
     train, test = (ImageSet(torch.from_numpy(arrays[f'{s}_images']), torch.from_numpy(arrays[f'{s}_labels']).long()) for s in ('train', 'test'))
-    if root is None and (len(train.labels), len(test.labels)) != (50_000, 10_000):
+    if root is None and wanted is None and (len(train.labels), len(test.labels)) != (50_000, 10_000):
         raise ValueError(f"CIFAR-100 has 50,000 and 10,000 images, found {len(train.labels):,} and {len(test.labels):,} in {path}. Delete the folder to download it again.")
     superclasses = [o.name for o in _subfolders(path/'train')]
     return CIFAR100(train, test, classes, superclasses, torch.tensor([superclasses.index(o.parent.name) for o in folders['train']]))

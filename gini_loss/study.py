@@ -97,7 +97,7 @@ def _seconds_per_epoch(results):
         except (OSError, ValueError, KeyError, TypeError, RecursionError): continue # `load_results` is there to complain
     return {k: sorted(v)[len(v)//2] for k, v in seconds.items()}
 
-def _cost_key(c): return c.arch, c.width, c.bs, c.data, c.train_per_class, c.precision, c.channels_last, c.compile
+def _cost_key(c): return c.arch, c.width, c.bs, c.data, c.classes, c.train_per_class, c.precision, c.channels_last, c.compile
 
 def study_state(
     study: Study, # `Study`
@@ -218,7 +218,7 @@ def main(
         with _distributed(args.device) as device:
             if 'GINI_LOSS_DEADLINE' in os.environ: args.budget = float(os.environ['GINI_LOSS_DEADLINE']) - time.monotonic() # as the starting process counts
             counts = run_study(study, args.results, args.checkpoints, args.budget, data_root=args.data_root, caltech_root=args.caltech_root,
-                               device=device, restart=args.restart, checkpoint_every=args.checkpoint_every)
+                               device=device, restart=args.restart, checkpoint_every=args.checkpoint_every, weights=args.weights)
             if _rank() == 0: print(f"{study.name}: " + ', '.join(f'{n} {k.replace("_", " ")}' for k, n in counts.items()))
     except (ValueError, TypeError, OSError) as e:
         print(f'gini_study: {_message(e)}', file=sys.stderr)
