@@ -202,8 +202,11 @@ def known_labels(
 ) -> dict[str, np.ndarray]:
     "Labels of the test images in the order of a run's predictions, by data set: 'test' and 'caltech'"
     if config.data == 'synthetic': return {'test': np.arange(10).repeat(10)}
-    caltech = np.concatenate([np.full(images, label) for label, images in CALTECH12.values()])
-    return {'test': np.arange(100).repeat(100), 'caltech': caltech}
+    names = config.class_names
+    if names is None: labels, n = {name: label for name, (label, _) in CALTECH12.items()}, 100
+    else: labels, n = {name: names.index(name) for name in CALTECH12 if name in names}, len(names)
+    caltech = [np.full(images, labels[name]) for name, (_, images) in CALTECH12.items() if name in labels]
+    return {'test': np.arange(n).repeat(100), **({'caltech': np.concatenate(caltech)} if caltech else {})}
 
 def _check_scores(record, config, arrays):
     "ValueError unless the predictions give the accuracies of the record"

@@ -109,6 +109,12 @@ class Config:
         if self.loss == 'ce': object.__setattr__(self, 'start_epoch', 0)
 
     @property
+    def class_names(self) -> tuple[str, ...] | None:
+        "Names of the chosen classes of CIFAR-100 in alphabetical order; None: all"
+        if self.classes is None: return None
+        return tuple(CALTECH12) if self.classes == 'caltech12' else tuple(sorted(set(self.classes.split('+'))))
+
+    @property
     def canonical(self) -> str:
         "The fields that are not at their default, as JSON: the text that is hashed"
         # A field added later leaves the hashes of old runs alone, as long as its default means what was done before
@@ -222,7 +228,7 @@ def load_images(
 ) -> tuple[ImageSet, ImageSet, ImageSet, list[str]]:
     "Training, validation and test `ImageSet`, and the class names. FileNotFoundError without the data"
     if config.data == 'cifar100':
-        data = _cifar100(root, None if config.classes is None else tuple(CALTECH12) if config.classes == 'caltech12' else tuple(sorted(set(config.classes.split('+')))))
+        data = _cifar100(root, config.class_names)
         pool_set, test, classes = data.train, data.test, data.classes
     else: pool_set, test, classes = _synthetic()
     images, labels = pool_set
