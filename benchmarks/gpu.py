@@ -20,8 +20,9 @@ FAST = ['precision=bfloat16', 'channels_last=true']
 
 class Piece:
     "Runs steps one after the other, each with its own limit, and keeps an account"
-    def __init__(self, out, work, budget):
+    def __init__(self, out, work, budget, only=()):
         self.out, self.work, self.end, self.steps = Path(out), Path(work), time.monotonic() + budget, []
+        self.only = only
         self.out.mkdir(parents=True, exist_ok=True)
         self.work.mkdir(parents=True, exist_ok=True)
 
@@ -31,6 +32,7 @@ class Piece:
 
     def step(self, name, command, limit, **env):
         "Run `command` for at most `limit` seconds; its output goes to OUT/<name>.log"
+        if self.only and name not in self.only: return
         start, seconds = time.monotonic(), self.left(limit)
         if seconds < 5: status = 'no time was left'
         else:
@@ -88,11 +90,11 @@ def probe(rounds=60):
 def one(piece, args):
     python = sys.executable
     piece.step('tests', [python, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-k', CUDA_TESTS, 'tests/test_cost.py', 'tests/test_robustness.py',
-                         'tests/test_train.py'], 90)
-    epoch = [python, 'benchmarks/epoch.py', '--data', 'made-up', '--rounds', '2', '--budget', '75', '--out', str(piece.out/'epoch.json'),
+                         'tests/test_train.py'], 75)
+    epoch = [python, 'benchmarks/epoch.py', '--data', 'made-up', '--rounds', '2', '--budget', '50', '--out', str(piece.out/'epoch.json'),
              '--variants', 'float32', 'without the terms', 'all three']
     if args.quick: epoch += ['--images', '400', '--bs', '100', '--width', '4']
-    piece.step('profile', epoch, 120)
+    piece.step('profile', epoch, 110)
     if not args.quick: piece.step('probe', [python, __file__, 'probe'], 30)
     if args.quick: return piece.study('test', 120, 2)
     piece.study('twelve', args.limits[0], args.workers, weights=piece.work/'weights')
@@ -122,11 +124,12 @@ def main():
     parser.add_argument('--workers', type=int, default=12, help='runs at a time of the small studies')
     parser.add_argument('--full-workers', type=int, default=12, help='runs at a time of twelve-full')
     parser.add_argument('--limits', type=float, nargs=3, default=[200, 150, 600], metavar='SECONDS', help='of twelve, twelve-rivals, twelve-full')
+    parser.add_argument('--only', nargs='+', default=(), metavar='STEP', help='of the piece, only these steps')
     parser.add_argument('--quick', action='store_true', help='in miniature, on any machine')
     args = parser.parse_args()
     if args.piece == 'probe': return probe()
     os.chdir(HERE.parent)
-    piece = Piece(args.out, args.work or Path(args.out)/'work', args.budget)
+    piece = Piece(args.out, args.work or Path(args.out)/'work', args.budget, args.only)
     try: dict(one=one, full=full, two=two, three=three)[args.piece](piece, args)
     finally: piece.save()
 
