@@ -58,11 +58,10 @@ class Piece:
         self.step(name, command, limit)
 
     def save(self):
-        "Everything that is finished, packed"
+        "Every record, packed; trained networks stay in WORK/weights"
         (self.out/'steps.json').write_text(json.dumps(self.steps, indent=1))
         with tarfile.open(self.out/'results.tgz', 'w:gz') as archive:
-            for folder in ('results', 'weights'):
-                if (self.work/folder).is_dir(): archive.add(self.work/folder, folder)
+            if (self.work/'results').is_dir(): archive.add(self.work/'results', 'results')
 
 
 def probe(rounds=60):
