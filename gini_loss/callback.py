@@ -18,7 +18,8 @@ from .extras import need_extra; need_extra('fastai')
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.learner import ValueMetric
-from .losses import GiniKLLoss, _Mixed, _check_prior, _is_integer, _labels
+from .losses import GiniKLLoss
+from .targets import MixedTargets as _Mixed, check_class_prior as _check_prior, is_integer as _is_integer, label_matrix as _label_matrix
 from .running import RunningGiniKLLoss
 from .tap import FeatureTap, _fitting_dim, _is_compiled, find_channel_dim, find_layer
 
@@ -39,9 +40,7 @@ def _label_mass(loss, y):
     if loss.distributed and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return torch.ones(loss.n_classes, device=y.device) if loss.n_classes else None     # what the others have is not asked for in each step
     if not isinstance(y, _Mixed): y = y.as_subclass(torch.Tensor).detach()
-    if y.ndim == 2: return y.float().sum(0)
-    labels, share = _labels(y, torch.float32, loss.ignore_index)
-    return torch.zeros(len(labels), device=y.device).scatter_add_(0, torch.searchsorted(labels.sort().values, labels), share)
+    return _label_matrix(y, None, loss.n_classes, loss.ignore_index, renumber=True).mass.float()
 
 def _bounds(loss, gini, kl, live, y):
     "Could this batch tell anything (0 or 1), and if so: L_Gini, its distance from 1-1/n as n(1-L_Gini)-1, and L_KL less what it is if all channels stand for the commonest class"
@@ -151,10 +150,10 @@ class GiniLossCallback(Callback):
     def _prior(self, n):
         "The distribution that stands for H^Y, or None for the batch's own labels"
         if isinstance(self.class_prior, str) and self.class_prior == 'batch': return None
-        if not isinstance(self.class_prior, str): return _check_prior(self.class_prior, n).to(self.learn.dls.device)
+        if not isinstance(self.class_prior, str): return _check_prior(self.class_prior, n)
         labels = getattr(self.learn.dls.train.dataset, 'labels', None)
         if labels is None: labels = torch.cat([torch.as_tensor(b[-1]).reshape(-1).cpu() for b in self.learn.dls.train.new(shuffle=False, drop_last=False)])
-        return _check_prior(torch.bincount(torch.as_tensor(labels).reshape(-1).long().cpu(), minlength=n or 0), n).to(self.learn.dls.device)
+        return _check_prior(torch.bincount(torch.as_tensor(labels).reshape(-1).long().cpu(), minlength=n or 0), n)
 
     def _weighted_pull(self, i, t):
         "λ·‖∂term/∂A‖ / ‖∂loss/∂A‖ of this epoch's first batch"
@@ -205,7 +204,7 @@ class GiniLossCallback(Callback):
                 self._looked_at.add(tap.name)
                 if measured: self.pulls.append(self._measure_pull(A, y, loss))
                 if not on: A = A.detach()
-                loss._check_finite = not A.is_cuda # after_train checks there: it names the layer, and leaves the device in working order
+                loss.check_finite = not A.is_cuda # after_train checks there: it names the layer, and leaves the device in working order
                 try: gini, kl, live = loss.terms_and_live(A, y)
                 except (ValueError, TypeError) as e: raise type(e)(f"layer {tap.name!r}: {e}") from e
             if on: total = total + sum(w*t for w, t in ((loss.lambda_gini, gini), (loss.lambda_kl, kl)) if w)

@@ -32,7 +32,8 @@ import gini_loss
 from . import models
 from .callback import GiniLossCallback
 from .data import CALTECH12, DeviceLoader, ImageSet, device_dls, load_caltech12, load_cifar100, split_train_valid
-from .losses import GiniKLLoss, _SumOverRanks, diagnostics, pool
+from .losses import GiniKLLoss, diagnostics, pool
+from .ranks import sum_over_ranks
 from .rivals import OBJECTIVES, Rival
 from .records import RECORD_FORMAT, environment, find_record, read_record, seal_record, source_commit, write_record
 from .tap import FeatureTap, find_channel_dim
@@ -390,7 +391,7 @@ class _SharedBatchNorm(nn.BatchNorm2d):
     "BatchNorm over the batches of all processes, for the CPU, where torch's SyncBatchNorm does not run"
     def forward(self, x):
         if not self.training: return super().forward(x)
-        sums = lambda t: _SumOverRanks.apply(t.sum((0, 2, 3)))
+        sums = lambda t: sum_over_ranks(t.sum((0, 2, 3)))
         n = x.numel()//x.shape[1]*_world_size()
         view = lambda t: t[:, None, None]
         mean = sums(x)/n

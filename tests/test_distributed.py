@@ -9,7 +9,9 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from gini_loss.losses import GiniKLLoss, _Mixed, _Ranks, gini_loss
+from gini_loss.losses import GiniKLLoss, gini_loss
+from gini_loss.ranks import Ranks
+from gini_loss.targets import MixedTargets, label_matrix
 from gini_loss.running import RunningGiniKLLoss
 from gini_loss.tap import FeatureTap
 
@@ -74,7 +76,7 @@ def train(model, net, scenario, rank=0, world=1, distributed=True):
     with FeatureTap(model, '3') as tap:
         for step in range(STEPS):
             x, y, labels = (t[part] for t in make_batch(step, kind, dtype_of(scenario)))
-            if kind.startswith('mixed'): y = _Mixed(y[:, 0].long(), y[:, 1].long(), y[:, 2])
+            if kind.startswith('mixed'): y = MixedTargets(y[:, 0].long(), y[:, 1].long(), y[:, 2])
             loss = cross_entropy(model(x), labels, reduction='sum') * world / 24
             A = tap.pop(); terms.append(torch.stack(aux.terms(A.detach(), y)))
             net.zero_grad(); (loss + aux(A, y)).backward()
@@ -282,11 +284,12 @@ def test_one_graph_needs_n_classes(ranks):
 def test_labels_are_asked_for_only_where_they_must_be(monkeypatch):
     "With n_classes of at most 4,096 no collective runs for the labels"
     def waits(*args): raise AssertionError("all_gather")
-    monkeypatch.setattr(dist, 'all_gather', waits); monkeypatch.setattr(dist, 'get_world_size', lambda: 2)
-    y = torch.tensor([0, 3])
-    for n in (4, 4096): assert len(_Ranks(n).gather_labels(y)) == n
+    monkeypatch.setattr(dist, 'all_gather', waits)
+    ranks, y = Ranks(), torch.tensor([0, 3])
+    monkeypatch.setattr(ranks, 'several', True); monkeypatch.setattr(ranks, 'sum', lambda x: x)
+    for n in (4, 4096): assert label_matrix(y, n_classes=n, renumber=True, ranks=ranks).n == n
     for n in (None, 4097):
-        with pytest.raises(AssertionError, match="all_gather"): _Ranks(n).gather_labels(y)
+        with pytest.raises(AssertionError, match="all_gather"): label_matrix(y, n_classes=n, renumber=True, ranks=ranks)
 
 def test_a_bad_label_is_told_and_nobody_waits(ranks):
     assert all("label 3 is not below n_classes=3" in r['bad label'] for r in ranks)

@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
-from gini_loss import losses
+from gini_loss import losses, targets
+from gini_loss.targets import MixedTargets, label_matrix
 from gini_loss.losses import (GiniKLLoss, class_means, class_probs, diagnostics, feature_histogram, gini_impurity, gini_loss, kl_loss,
     label_histogram, pool)
 
 FUZZ = int(os.environ.get('GINI_LOSS_FUZZ', 0))
-DEAD = losses._DEAD
+DEAD = losses.DEAD
 
 @pytest.fixture(autouse=True, scope='module')
 def one_thread():
@@ -289,8 +290,8 @@ def test_a_million_classes_equal_their_compact_numbering(n_classes):
                                  terms_and_gradients(A, compact, ignore_index=0, reverse_kl=reverse)): torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
 
 def test_a_million_classes_need_no_million_columns():
-    Y = losses._label_matrix(torch.randint(0, 10**6, (64,)), torch.float32, 10**6)
-    assert Y.shape == (64, 64) and Y.sum() == 64
+    Y = label_matrix(torch.randint(0, 10**6, (64,)), n_classes=10**6, renumber=True)
+    assert Y.n == 64 and Y.mass.sum() == 64
 
 @pytest.mark.parametrize('ignore_index', [-100, -1, 0, 3, 255])
 def test_ignored_images_take_no_part(ignore_index):
@@ -506,10 +507,10 @@ BAD = {
     'integer labels in a column, one class': (lambda: GiniKLLoss(n_classes=1)(A4, Y4[:, None]), ValueError, r"for labels call \.squeeze\(1\),"),
     'float labels in a column': (lambda: GiniKLLoss()(A4, Y4[:, None].float()), ValueError, r"have one column.*for labels call \.squeeze\(1\)\.long\(\).*\[1-p, p\]"),
     'class_means of labels in a column': (lambda: class_means(A4, Y4[:, None]), ValueError, r"\.squeeze\(1\)"),
-    'mixed labels below 0': (lambda: GiniKLLoss()(A4, losses._Mixed(Y4, Y4 - 1, .5)), ValueError, r"label -1 is below 0"),
-    'mixed labels above n_classes': (lambda: GiniKLLoss(n_classes=3)(A4, losses._Mixed(Y4, Y4 + 1, .5)), ValueError, r"label 3 is not below n_classes=3"),
-    'mixed one-hot': (lambda: GiniKLLoss()(A4, losses._Mixed(SOFT, SOFT, .5)), ValueError, r"mixed targets must be labels \(m,\), got shape \(4, 3\)"),
-    'too few mixed labels': (lambda: GiniKLLoss()(A4, losses._Mixed(Y4[:3], Y4[:3], .5)), ValueError, r"3 targets for 4 rows"),
+    'mixed labels below 0': (lambda: GiniKLLoss()(A4, MixedTargets(Y4, Y4 - 1, .5)), ValueError, r"label -1 is below 0"),
+    'mixed labels above n_classes': (lambda: GiniKLLoss(n_classes=3)(A4, MixedTargets(Y4, Y4 + 1, .5)), ValueError, r"label 3 is not below n_classes=3"),
+    'mixed one-hot': (lambda: GiniKLLoss()(A4, MixedTargets(SOFT, SOFT, .5)), ValueError, r"mixed targets must be labels \(m,\), got shape \(4, 3\)"),
+    'too few mixed labels': (lambda: GiniKLLoss()(A4, MixedTargets(Y4[:3], Y4[:3], .5)), ValueError, r"3 targets for 4 rows"),
     'soft below 0': (lambda: GiniKLLoss()(A4, SOFT - .1), ValueError, r"soft targets must be finite and not negative, got values from -0.1 to 0.9"),
     'soft NaN': (lambda: GiniKLLoss()(A4, SOFT * math.nan), ValueError, r"soft targets must be finite"),
     'soft infinite': (lambda: GiniKLLoss()(A4, SOFT / 0.), ValueError, r"soft targets must be finite"),
@@ -590,7 +591,7 @@ def mixed_case(seed, m, c, n, ignored=False):
     for k in range(m):
         for label, share in ((int(y[k]), lam[k]), (int(other[k]), 1 - lam[k])):
             if label >= 0: dense[k, label] += share
-    return A, losses._Mixed(y, other, lam), dense
+    return A, MixedTargets(y, other, lam), dense
 
 @pytest.mark.parametrize('m, c, n', [(20, 6, 3), (20, 6, 39), (20, 6, 41), (20, 6, 5000), (80, 5, 100), (80, 5, 129), (80, 5, 5000), (1, 3, 50)])
 @pytest.mark.parametrize('ignored', [False, True])
@@ -600,8 +601,8 @@ def test_mixed_labels_equal_the_matrix_of_all_classes(m, c, n, ignored, give_n, 
     "Terms, gradients and the second derivative, to 1e-12, by products and by rows, with fewer classes and with more than two for each image"
     A, mixed, dense = mixed_case(m + n, m, c, n, ignored)
     x, loss = A.requires_grad_(), GiniKLLoss(reverse_kl=reverse, n_classes=n if give_n else None)
-    S, mass = losses._class_sums(pool(A), mixed, n if give_n else None)
-    assert S.shape[1] == len(mass) <= max(2*m, n if n <= 2*m else 0)
+    Y = label_matrix(mixed, n_classes=n if give_n else None, renumber=True)
+    assert Y.n == len(Y.mass) <= max(2*m, n if n <= 2*m else 0)
     for got, expected in zip(loss.terms(x, mixed), loss.terms(x, dense)):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
         g, e = (torch.autograd.grad(t, x, create_graph=True)[0] for t in (got, expected))
@@ -614,9 +615,9 @@ def test_mixed_labels_equal_the_matrix_of_all_classes(m, c, n, ignored, give_n, 
 def test_mixed_labels_compiled(n_classes, m):
     "One graph, as for hard labels"
     A, mixed, dense = mixed_case(0, m, 5, 7)
-    A, y, other, lam = A.float(), *mixed.labels.split(m), mixed.shares[:m].float()
+    A, y, other, lam = A.float(), mixed.labels, mixed.others, mixed.lam.float()
     loss = GiniKLLoss(n_classes=n_classes)
-    compiled = torch.compile(lambda A, y, other, lam: loss(A, losses._Mixed(y, other, lam)), fullgraph=True, backend='aot_eager')
+    compiled = torch.compile(lambda A, y, other, lam: loss(A, MixedTargets(y, other, lam)), fullgraph=True, backend='aot_eager')
     x, z = A.clone().requires_grad_(), A.double().requires_grad_()
     got, expected = compiled(x, y, other, lam), GiniKLLoss()(z, dense)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
@@ -639,7 +640,7 @@ def test_features_in_blocks_keep_their_precision(m, c, n):
 def test_without_the_check_what_is_not_finite_reaches_the_terms(rectify, bad):
     "A loss whose check is turned off must not hide it: the callback looks at the terms instead"
     A = torch.rand(6, 4); A[2, 1] = bad
-    loss = GiniKLLoss(rectify=rectify); loss._check_finite = False
+    loss = GiniKLLoss(rectify=rectify); loss.check_finite = False
     assert not any(t.isfinite() for t in loss.terms(A, torch.tensor([0, 1, 2, 0, 1, 2])))
 
 # ---- Fuzz ----
@@ -740,5 +741,5 @@ def test_what_is_no_channel_dim(dim):
     with pytest.raises(ValueError, match="channel_dim=.* does not name a channel dimension: use an integer"): GiniKLLoss(channel_dim=dim)
 
 def test_a_weight_is_not_learnt():
-    with pytest.raises(TypeError, match="lambda_gini.*wants a gradient"): GiniKLLoss(torch.nn.Parameter(torch.tensor(.3)))
+    with pytest.raises(TypeError, match="lambda_gini must be a constant, got a tensor that requires a gradient"): GiniKLLoss(torch.nn.Parameter(torch.tensor(.3)))
     assert GiniKLLoss(torch.tensor(.5)).lambda_gini == .5

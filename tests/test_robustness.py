@@ -263,8 +263,8 @@ def test_on_a_gpu_the_callback_looks_for_what_is_not_finite_itself():
     for on_gpu in (False, True):
         cb = terms(); learn = get_learner(cb, loss=zero_loss); real = cb.losses[0].terms_and_live
         def spy(A, y):
-            seen.append(cb.losses[0]._check_finite)
-            cb.losses[0]._check_finite = seen[-1] and not on_gpu                    # this machine's tensors are on the CPU
+            seen.append(cb.losses[0].check_finite)
+            cb.losses[0].check_finite = seen[-1] and not on_gpu                    # this machine's tensors are on the CPU
             return real(A*float('nan'), y)
         cb.losses[0].terms_and_live = spy
         with pytest.raises(ValueError) as e: fit(learn)
@@ -274,13 +274,13 @@ def test_on_a_gpu_the_callback_looks_for_what_is_not_finite_itself():
     class OnGPU(torch.Tensor):
         is_cuda = True
     cb = terms(); learn = get_learner(cb, loss=zero_loss); flags = []
-    def stop(A, y): flags.append(cb.losses[0]._check_finite); raise KeyboardInterrupt
+    def stop(A, y): flags.append(cb.losses[0].check_finite); raise KeyboardInterrupt
     cb.losses[0].terms_and_live = stop
     real = FeatureTap.pop
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FeatureTap, 'pop', lambda self: real(self).as_subclass(OnGPU))
         with pytest.raises(KeyboardInterrupt): fit(learn)
-    assert flags == [False] and GiniKLLoss()._check_finite
+    assert flags == [False] and GiniKLLoss().check_finite
 
 # ---- The other things that a Learner does ----
 
