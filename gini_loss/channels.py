@@ -9,7 +9,7 @@ __all__ = ['channels_of', 'name_channels', 'ablate', 'evaluating', 'Explanation'
 # %% ../nbs/42_channels.ipynb #916537f9
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .extras import need_extra
 from .losses import pool
 from .tap import FeatureTap, find_channel_dim, find_layer
 
@@ -408,6 +409,7 @@ def plot_explanation(
     i: int = 0, # which of the images to draw
 ) -> 'Figure':
     "A row for each top channel: its map over the image, and the images that excite it most. Returns the figure"
+    need_extra('plots', 'matplotlib')
     from matplotlib.figure import Figure # without pyplot: needs no display and leaves nothing open
     i = _check_integer(i, "i", 0, len(explanation.target))
     name = (lambda k: str(classes[k])) if classes is not None else str
