@@ -143,7 +143,7 @@ def check_output(output, source, path, say):
     if "\r" in printed or "%|" in printed: say("a progress bar")
     if found := MACHINE_PATH.search(printed): say(f"a path of some machine, {found.group(0)}")
     if "text/markdown" in data: check_text(text(data["text/markdown"]), path, say)
-    if "image/png" in data and "fig-alt:" not in source: say("a figure without `#| fig-alt:`")
+    if {"image/png", "image/svg+xml"} & set(data) and "fig-alt:" not in source: say("a figure without `#| fig-alt:`")
 
 
 def reporter(where):

@@ -55,7 +55,7 @@ def test_frozen_batchnorm_stays_frozen(net):
     net.layer2[0].bn1.eval()
     inspect_layer(net, [(torch.rand(6, 3, 8, 8), Y)])
     assert net.training and not net.bn1.training and not net.layer2[0].bn1.training and net.layer1.training
-    with pytest.raises(RuntimeError): inspect_layer(net, [(torch.rand(6, 3, 8, 8).bool(), Y)])
+    with pytest.raises(TypeError): inspect_layer(net, [(torch.rand(6, 3, 8, 8).bool(), Y)])
     assert net.training and not net.bn1.training and net.layer1.training
 
 
