@@ -6,236 +6,429 @@
 __all__ = ['find_layer', 'last_stage', 'find_channel_dim', 'FeatureTap']
 
 # %% ../nbs/10_tap.ipynb #ef4028bd
-import difflib
-from collections.abc import Callable
+import difflib, threading, weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 # %% ../nbs/10_tap.ipynb #d54d8f5c
+_TORCH_WRAPPERS = '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'  # where they keep the module inside
+_DATA_PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
+
+def _answers_for(wrapper, inner):
+    "Does `wrapper` hand out the parts of `inner` as if they were its own?"
+    parts = {**inner._parameters, **inner._modules}
+    name = next((n for n in parts if n not in wrapper._modules), None)
+    if name is not None: return parts[name] is not None and getattr(wrapper, name, None) is parts[name]
+    deeper = _wrapped(inner)                    # a wrapper in a wrapper of the same class
+    return deeper is not None and _answers_for(wrapper, deeper[1])
+
+def _wrapped(module):
+    "Name and module that `module` is a wrapper of; None if it is no wrapper"
+    if isinstance(module, _DATA_PARALLEL): return 'module', module.module
+    for name in _TORCH_WRAPPERS:
+        if name in module._modules: return name, module._modules[name]
+    if type(module).__getattr__ is nn.Module.__getattr__ or isinstance(module, torch.jit.ScriptModule): return None
+    for name, inner in module._modules.items():
+        if inner is not None and _answers_for(module, inner): return name, inner
+    return None
+
 def _unwrap(model):
-    "The model inside `DataParallel`, `DistributedDataParallel` and `torch.compile` wrappers"
-    while True:
-        inner = getattr(model, '_orig_mod', None) or (model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else None)
-        if inner is None: return model
-        model = inner
+    "The user's own model, inside all wrappers"
+    while (found := _wrapped(model)) is not None: model = found[1]
+    return model
 
-def _is_compiled(model): return any(isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None for m in model.modules())
+def _is_compiled(model):
+    compiled = torch._dynamo.OptimizedModule
+    return any(isinstance(m, compiled) or m._compiled_call_impl is not None for m in model.modules())
 
+# %% ../nbs/10_tap.ipynb #ed0d8417
 def _named_modules(model):
-    "Dotted name and module of everything below `model`, seen through its wrappers"
-    return {name.replace('_orig_mod.', ''): m for name, m in _unwrap(model).named_modules()}
+    "Dotted names and modules of all parts of `model`, and the set of name parts that its wrappers add"
+    found, added = {}, {'module', *_TORCH_WRAPPERS}
+    def walk(name, module):
+        found.setdefault(name, module)          # a wrapper comes before what is in it
+        wrapped, inner = _wrapped(module) or (None, None)
+        if wrapped is not None:
+            added.add(wrapped)
+            walk(name, inner)
+        for child, part in module._modules.items():
+            if part is not None and part is not inner: walk(f'{name}.{child}' if name else child, part)
+    walk('', model)
+    return found, added
+
+# %% ../nbs/10_tap.ipynb #4451c69d
+def _spellings(name, added):
+    "`name`, then `name` without what wrappers add in front of it, then without what they add anywhere"
+    yield name
+    parts = name.split('.')
+    for k, part in enumerate(parts):
+        if part not in added: break
+        yield '.'.join(parts[k + 1:])
+    yield '.'.join(part for part in parts if part not in added)
+
+def _find_name(layer, names, added, kind):
+    "The name in `names` that `layer` means"
+    for name in _spellings(layer, added):
+        if name and name in names: return name
+    known = [n for n in names if n]
+    near = difflib.get_close_matches(list(_spellings(layer, added))[-1], known, n=3, cutoff=0.4) or known[-3:]
+    meant = f"did you mean {', '.join(map(repr, near))}?" if near else "it has no layers"
+    raise ValueError(f"there is no layer {layer!r} in this {kind}: {meant}"
+                     " `[n for n, _ in model.named_modules()]` lists all")
+
+def _find_module(layer, modules, kind):
+    "The name of the module `layer`, or of the wrapper that it is in"
+    for name, m in modules.items():
+        if m is layer or _unwrap(m) is _unwrap(layer): return name
+    raise ValueError(f"the given {type(layer).__name__} is not part of this {kind}:"
+                     " pass one of its own modules, or a dotted name")
+
+# %% ../nbs/10_tap.ipynb #2abf6394
+def _check_model(model):
+    if isinstance(model, torch.export.ExportedProgram):
+        raise TypeError("an ExportedProgram calls no hooks: pass the nn.Module that it was exported from")
+    if not isinstance(model, nn.Module): raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(_unwrap(model), torch.jit.ScriptModule):
+        raise TypeError("this model was made by torch.jit.script or torch.jit.trace, and its compiled code"
+                        " calls no hooks: pass the model that it was made from")
+
+def _check_calls(name, modules):
+    "Raise if `name` lies in a part of the model that runs as compiled code, or as a graph that does not call it"
+    parts = name.split('.')
+    for k in range(len(parts) + 1):
+        around, inside = _unwrap(modules['.'.join(parts[:k])]), '.'.join(parts[k:])
+        if isinstance(around, torch.jit.ScriptModule):
+            raise TypeError(f"layer {name!r} is in a part made by torch.jit.script or torch.jit.trace, whose compiled"
+                            " code calls no hooks: tap a layer before that part, or the model that it was made from")
+        if not inside or not isinstance(around, torch.fx.GraphModule): continue
+        called = [n.target for n in around.graph.nodes if n.op == 'call_module']
+        if any(inside == t or inside.startswith(t + '.') for t in called): continue
+        raise TypeError(f"layer {name!r} is in a GraphModule, as torch.export and torch.fx make it, which does not call"
+                        f" it as a module (it calls {called or 'none'}): tap the model that it was made from")
 
 # %% ../nbs/10_tap.ipynb #ba4b6d6c
 def find_layer(
-    model: nn.Module, # the network, an `nn.Module`; wrappers of `torch.compile` and data parallelism are looked through
-    layer: str | nn.Module | None = None, # dotted name as in `model.named_modules()`, or the module itself; None: `last_stage(model)`
+    model: nn.Module, # the network, in any wrapper (`torch.compile`, data parallelism, FSDP, Fabric, PEFT, Opacus)
+    # dotted name as in `model.named_modules()`, or the module itself; None: `last_stage(model)`
+    layer: str | nn.Module | None = None,
 ) -> tuple[str, nn.Module]:
     "Dotted name and module of a layer. Raises `ValueError` with the nearest names if there is none"
-    if not isinstance(model, nn.Module): raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    modules = _named_modules(model)
+    _check_model(model)
+    modules, added = _named_modules(model)
+    kind = type(_unwrap(model)).__name__
     if layer is None: layer = last_stage(model)
-    if isinstance(layer, nn.Module):
-        for wanted in (layer, getattr(layer, '_orig_mod', None)):          # a compiled part of a model runs through its wrapper
-            for name, m in modules.items():
-                if m is wanted: return name, m
-        raise ValueError(f"the given {type(layer).__name__} is not part of this {type(_unwrap(model)).__name__}: pass one of its own modules, or a dotted name")
-    if not isinstance(layer, str): raise TypeError(f"a layer is a dotted name, a module or None, got {type(layer).__name__}")
-    name = '.'.join(part for part in layer.split('.') if part != '_orig_mod')
-    if name.startswith('module.') and name not in modules: name = name[len('module.'):]
-    if name and name in modules: return name, modules[name]
-    names = [n for n in modules if n]
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[-3:]
-    raise ValueError(f"there is no layer {layer!r} in this {type(_unwrap(model)).__name__}: did you mean {', '.join(map(repr, near))}?"
-                     " `[n for n, _ in model.named_modules()]` lists all")
+    if isinstance(layer, nn.Module): name = _find_module(layer, modules, kind)
+    elif isinstance(layer, str): name = _find_name(layer, modules, added, kind)
+    else: raise TypeError(f"a layer is a dotted name, a module or None, got {type(layer).__name__}")
+    _check_calls(name, modules)
+    return name, modules[name]
 
 # %% ../nbs/10_tap.ipynb #f92afad2
-_STAGES = ('layer4', 'stages', 'features', 'blocks', 'layers', 'encoder')      # what libraries call the part before the classifier
-_HEAD = (nn.Linear, nn.Identity, nn.Softmax, nn.LogSoftmax, nn.modules.dropout._DropoutNd)
-_IN_HEAD = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
-_HEAD_NAMES = ('head', 'heads', 'classifier', 'fc', 'logits')
+_HEAD = nn.Linear, nn.Identity, nn.Softmax, nn.LogSoftmax, nn.modules.dropout._DropoutNd
+_IN_HEAD = nn.modules.batchnorm._BatchNorm, nn.LayerNorm
+_HEAD_NAMES = 'head', 'heads', 'classifier', 'fc', 'logits'
 
 def _has_parameters(module): return next(module.parameters(), None) is not None
+def _has_own_parameters(module): return next(module.parameters(recurse=False), None) is not None
 
 def _is_head(name, module, inside=False):
     "Is this (part of) a classifier: pooling, flatten, dropout, linear, a container of these, or what is called one?"
     kind = type(module).__name__
-    if isinstance(module, nn.Sequential) and len(module) and all(_is_head(n, m, inside=True) for n, m in module.named_children()): return True
+    if isinstance(module, nn.Sequential) and len(module):
+        if all(_is_head(n, m, inside=True) for n, m in module.named_children()): return True
     if inside and (isinstance(module, _IN_HEAD) or not _has_parameters(module)): return True
-    return isinstance(module, _HEAD) or any(word in kind for word in ('Pool', 'Flatten')) or name in _HEAD_NAMES or kind.endswith('Head') or 'Classifier' in kind
+    if isinstance(module, _HEAD) or name in _HEAD_NAMES: return True
+    return 'Pool' in kind or 'Flatten' in kind or 'Classifier' in kind or kind.endswith('Head')
 
-def _of_transformers(model): return hasattr(getattr(model, 'config', None), 'model_type')
+def _ends_in_linear(module):
+    "Is a `Linear` the last part with parameters?"
+    last = next((m for m in reversed(list(module.modules())) if _has_own_parameters(m)), None)
+    return isinstance(last, nn.Linear)
 
-def _inside(name, module):
-    "The list of stages inside a model of transformers, whose outer parts return records instead of tensors"
-    while not isinstance(module, nn.ModuleList):
-        inner = next((k for k in ('encoder', 'stages', 'layers', 'layer', 'blocks') if isinstance(getattr(module, k, None), nn.Module)), None)
-        if inner is None: break
-        name, module = f'{name}.{inner}', getattr(module, inner)
-    return name, module
+# %% ../nbs/10_tap.ipynb #7b2dfff0
+_LISTS = nn.Sequential, nn.ModuleList
+
+def _children(model):
+    "Name and module of each part, without wrappers. Auxiliary classifiers run in training only and are left out"
+    return [(name, _unwrap(m)) for name, m in model.named_children() if not name.startswith('aux')]
 
 def _last_of(name, module):
     "`name`, or the last entry of a `ModuleList`, which has no output of its own"
     if not isinstance(module, nn.ModuleList) or not len(module): return name
-    return _last_of(f'{name}.{len(module)-1}', module[-1])
+    return _last_of(f'{name}.{len(module)-1}', _unwrap(module[-1]))
 
-def _ends_in_linear(module): return isinstance(next((m for m in reversed(list(module.modules())) if any(True for _ in m.parameters(recurse=False))), None), nn.Linear)
+def _within(model, name, module):
+    "`name`, or, if the classifier must be inside it, what comes before the classifier there ('': nothing does)"
+    alone = sum(_has_parameters(m) for _, m in _children(model)) == 1 and not _has_own_parameters(model)
+    if not _ends_in_linear(module) or not (alone or isinstance(module, _LISTS)): return _last_of(name, module)
+    inner = _before_classifier(module)
+    return inner and f'{name}.{inner}'
+
+def _of_transformers(model): return hasattr(getattr(model, 'config', None), 'model_type')
+
+def _list_of_stages(name, module):
+    "The list of stages inside a model of transformers, whose outer parts return records instead of tensors"
+    while not isinstance(module, nn.ModuleList):
+        names = 'encoder', 'stages', 'layers', 'layer', 'blocks'
+        inner = next((k for k in names if isinstance(getattr(module, k, None), nn.Module)), None)
+        if inner is None: break
+        name, module = f'{name}.{inner}', _unwrap(getattr(module, inner))
+    return name, module
+
+# %% ../nbs/10_tap.ipynb #185632a9
+# what libraries call the part before the classifier
+_STAGES = 'layer4', 'stages', 'features', 'blocks', 'layers', 'encoder'
+
+def _named_by_model(model):
+    tap = getattr(model, 'tap', None)
+    return tap if isinstance(tap, str) else None
+
+def _listed_by_timm(model):
+    stages = getattr(model, 'feature_info', None)
+    name = stages[-1].get('module') if stages else None
+    return name if name in dict(model.named_modules()) else None
+
+def _called_a_stage(model):
+    if isinstance(model, _LISTS) or _of_transformers(model): return None
+    children = _children(model)
+    for name in _STAGES:
+        at = next((i for i, (n, _) in enumerate(children) if n == name), None)
+        if at is None: continue
+        stage = children.pop(at)[1]
+        followed = any(_has_parameters(m) and (i >= at or _is_head(n, m)) for i, (n, m) in enumerate(children))
+        return _last_of(name, stage) if followed else _within(model, name, stage)
+    return None
+
+# %% ../nbs/10_tap.ipynb #3348a8d2
+def _is_squashing(parts):
+    "Is the last part a sigmoid or the like, behind a classifier?"
+    return len(parts) > 1 and not _has_parameters(parts[-1][1]) and _ends_in_linear(parts[-2][1])
+
+def _in_front_of_the_head(model):
+    rest, classifier = _children(model), False
+    while rest and (_is_head(*rest[-1]) or not classifier and _is_squashing(rest)):
+        classifier |= _has_parameters(rest.pop()[1])
+    if not rest: return None
+    if _of_transformers(model): return _last_of(*_list_of_stages(*rest[-1]))
+    return _last_of(*rest[-1]) if classifier else _within(model, *rest[-1])
+
+def _last_but_one(model):
+    weighted = [(name, m) for name, m in _children(model) if _has_parameters(m)]
+    if len(weighted) > 1: return _last_of(*weighted[-2])
+    if weighted and len(list(weighted[0][1].children())): return _within(model, *weighted[0])
+    return None
+
+_FINDERS = _named_by_model, _listed_by_timm, _called_a_stage, _in_front_of_the_head, _last_but_one
 
 def _before_classifier(model):
-    "Dotted name, from `model` on, of what comes before its classifier; None if that cannot be told"
-    if isinstance(getattr(model, 'tap', None), str): return model.tap
-    stages = getattr(model, 'feature_info', None)                      # timm
-    if stages and stages[-1].get('module') in dict(model.named_modules()): return stages[-1]['module']
-    children = [(name, m) for name, m in model.named_children() if not name.startswith('aux')]     # auxiliary classifiers run in training only
-    def deeper(name, module):
-        "`name`, or, where the classifier must be within it, what comes before it there"
-        alone = sum(_has_parameters(m) for _, m in children) == 1 and not any(True for _ in model.parameters(recurse=False))
-        if not _ends_in_linear(module) or not (alone or isinstance(module, (nn.Sequential, nn.ModuleList))): return _last_of(name, module)
-        inner = _before_classifier(module)
-        return inner and f'{name}.{inner}'
-    if not isinstance(model, (nn.Sequential, nn.ModuleList)) and not _of_transformers(model):
-        for name in _STAGES:
-            stage = getattr(model, name, None)
-            if not isinstance(stage, nn.Module): continue
-            at = next((i for i, (n, _) in enumerate(children) if n == name), len(children))
-            followed = any(_has_parameters(m) and (i > at or _is_head(n, m)) for i, (n, m) in enumerate(children) if i != at)
-            return _last_of(name, stage) if followed else deeper(name, stage)
-    rest, classifier = list(children), False
-    while rest:
-        squashed = not classifier and len(rest) > 1 and not _has_parameters(rest[-1][1]) and _ends_in_linear(rest[-2][1])   # a sigmoid or the like behind the classifier
-        if not squashed and not _is_head(*rest[-1]): break
-        classifier |= _has_parameters(rest.pop()[1])
-    if rest and _of_transformers(model): return _last_of(*_inside(*rest[-1]))
-    if rest: return _last_of(*rest[-1]) if classifier else deeper(*rest[-1])
-    weighted = [(name, m) for name, m in children if _has_parameters(m)]     # a perceptron: all of it looks like a classifier
-    if len(weighted) > 1: return _last_of(*weighted[-2])
-    return deeper(*weighted[0]) if weighted and any(True for _ in weighted[0][1].children()) else None
+    "Dotted name, from `model` on, of what comes before its classifier; empty if that cannot be told"
+    model = _unwrap(model)
+    for find in _FINDERS:
+        name = find(model)
+        if name is not None: return name
+    return ''
 
 # %% ../nbs/10_tap.ipynb #92b732a9
 def last_stage(
-    model: nn.Module, # the network, an `nn.Module`; wrappers of `torch.compile` and data parallelism are looked through
+    model: nn.Module, # the network, in any wrapper (`torch.compile`, data parallelism, FSDP, Fabric, PEFT, Opacus)
 ) -> str:
-    "Dotted name of the layer that the loss is put on by default: `model.tap` if there is one, else the last stage before the classifier, as in the authors' code. ValueError if that cannot be told"
-    name = _before_classifier(_unwrap(model))
-    if name is None: raise ValueError(f"cannot tell which layer of this {type(_unwrap(model)).__name__} comes before the classifier: name one, `layer='...'`")
-    return name
+    """Dotted name of the layer that the loss is put on by default: `model.tap`, or the last stage before the
+    classifier. Raises `ValueError` if that cannot be told"""
+    name = _before_classifier(model)
+    if name: return name
+    kind = type(_unwrap(model)).__name__
+    raise ValueError(f"cannot tell which layer of this {kind} comes before the classifier: name one, `layer='...'`")
 
 # %% ../nbs/10_tap.ipynb #38b5b926
 def _width(m, into):
     "How many channels `m` takes in or gives out, and whether they are dimension 1 for sure; None if it does not tell"
     if isinstance(m, nn.modules.conv._ConvNd): return (m.in_channels if into else m.out_channels), True
-    if isinstance(m, (nn.modules.batchnorm._NormBase, nn.GroupNorm)): return getattr(m, 'num_channels', None) or m.num_features, True
+    if isinstance(m, nn.GroupNorm): return m.num_channels, True
+    if isinstance(m, nn.modules.batchnorm._NormBase): return m.num_features, True
     if isinstance(m, nn.Linear): return (m.in_features if into else m.out_features), False
     shape = getattr(m, 'normalized_shape', None)                      # LayerNorm, RMSNorm
     return (shape[0], False) if isinstance(shape, tuple) and len(shape) == 1 else None
 
-def _usual_dims(A): return (1, -1) if A.ndim != 3 else (-1, 1)
+def _widths(model):
+    "All widths in the model: first those of layers that know their dimension, then those nearest the classifier"
+    layers = list(_unwrap(model).modules())[::-1]
+    known = [_width(m, into) for into in (True, False) for m in layers]
+    return sorted((w for w in known if w), key=lambda w: not w[1])
 
-def _fitting_dim(model, A, layer=None):
-    "The dimension of `A` that fits the layers of the model, None if none does"
-    everything = list(_unwrap(model).modules())
-    if layer is None:                                                # what knows its place first, then the classifier, the last to be defined
-        known = [_width(m, into) for into in (True, False) for m in reversed(everything)]
-        widths = sorted((w for w in known if w), key=lambda w: not w[1])
-    else:
-        module = find_layer(model, layer)[1]
-        inside = list(module.modules())
-        at = next((i for i, m in enumerate(everything) if m is module), len(everything))
-        widths = [w for m in inside[::-1] + everything[:at][::-1] if (w := _width(m, False))]
-        widths += [w for m in everything[at + len(inside):] if (w := _width(m, True))]
-    for width, first in widths:
-        for d in (1,) if first else _usual_dims(A):
-            if A.shape[d] == width: return d
-    return None
+def _widths_around(model, layer):
+    "The widths inside a layer, then before it, nearest first, then behind it"
+    layers, module = list(_unwrap(model).modules()), _unwrap(find_layer(model, layer)[1])
+    inside = list(module.modules())
+    at = next((i for i, m in enumerate(layers) if m is module), len(layers))
+    given = [_width(m, False) for m in inside[::-1] + layers[:at][::-1]]
+    taken = [_width(m, True) for m in layers[at + len(inside):]]
+    return [w for w in given + taken if w]
 
+# %% ../nbs/10_tap.ipynb #6c22fe39
 def find_channel_dim(
-    model: nn.Module, # the network the activations come from, an `nn.Module`
+    model: nn.Module, # the network the activations come from
     A: torch.Tensor, # activations of one of its layers, batch first
-    layer: str | nn.Module | None = None, # the layer that `A` is the output of, a dotted name or module; None: not known, all layers are asked
-) -> int:
-    "Dimension of `A` that holds the channels: the one whose size fits the layers of the model, those near `layer` first; in doubt 1 (maps) or -1 (tokens)"
+    layer: str | nn.Module | None = None, # the layer that `A` is the output of; None: not known, all layers are asked
+    guess: bool = True, # if no layer tells: guess 1 for maps and -1 for tokens; False: return None
+) -> int | None:
+    "Dimension of `A` that holds the channels: its size fits the layers of the model, those near `layer` first"
     if A.ndim == 2: return 1
-    found = _fitting_dim(model, A, layer)
-    return _usual_dims(A)[0] if found is None else found
+    usual = (-1, 1) if A.ndim == 3 else (1, -1)
+    for width, first in _widths(model) if layer is None else _widths_around(model, layer):
+        for d in (1,) if first else usual:
+            if A.shape[d] == width: return d
+    return usual[0] if guess else None
 
 # %% ../nbs/10_tap.ipynb #b4f40096
 def _no_hook(module, args, output): "What a copy or a pickle of a tapped model holds in place of the hook"
 def _make_no_hook(): return _no_hook
 
+class _Failed:
+    "The error that `select` raised when the layer ran"
+    def __init__(self, error): self.error = error
+
 class _Recorder:
-    "The forward hook: keeps the latest output, and how often the layer ran with a gradient"
-    def __init__(self): self.clear()
-    def clear(self): self.output, self.versions, self.calls = None, [], 0
+    "The forward hook: keeps what `select` picks from the latest output, and counts the runs with a gradient"
+    def __init__(self, select):
+        self.select, self.thread, self.elsewhere = select, None, False
+        self.clear()
+
+    def clear(self): self.last, self.calls = None, 0
+
     def __call__(self, module, args, output):
         compiling = torch.compiler.is_compiling()
+        if not compiling and self.thread != threading.get_ident():
+            self.elsewhere = True
+            return
         if torch.is_grad_enabled():
-            if not compiling and torch._C._current_graph_task_id() != -1: return       # a recomputation inside backward
+            if not compiling and torch._C._current_graph_task_id() != -1: return   # a recomputation inside backward
             self.calls += 1
-        elif self.calls: return                                                        # an evaluation must not replace a training step
-        if compiling: self.output = tree_map_only(torch.Tensor, torch.clone, output)   # in a graph, what works in place behind the layer cannot be seen
-        else: self.output, self.versions = output, [(t, t._version) for t in tree_leaves(output) if isinstance(t, torch.Tensor) and not t.is_inference()]
+        elif self.calls: return                        # an evaluation must not replace a training step
+        self.last = self.copied(output) if compiling else self.watched(output)
+
+    def copied(self, output):
+        "For a graph, in which work in place behind the layer cannot be seen"
+        if self.select is not None: output = self.select(output)
+        return tree_map_only(torch.Tensor, torch.clone, output), []
+
+    def watched(self, output):
+        "What was picked, and for each tensor in it how often it was changed so far"
+        try: picked = output if self.select is None else self.select(output)
+        except Exception as e: return _Failed(e), []
+        tensors = [t for t in tree_leaves(picked) if isinstance(t, torch.Tensor) and not t.is_inference()]
+        return picked, [(t, t._version) for t in tensors]
+
     def __deepcopy__(self, memo): return _no_hook
     def __reduce__(self): return _make_no_hook, ()
 
+# %% ../nbs/10_tap.ipynb #d032851e
+def _path_to_tensor(output, path='output', depth=3):
+    "An expression that picks the first tensor out of `output`, or None"
+    if isinstance(output, torch.Tensor): return path
+    if depth == 0: return None
+    if isinstance(output, Mapping): parts = [(f'{path}[{k!r}]', v) for k, v in output.items()]
+    elif isinstance(output, (list, tuple)): parts = [(f'{path}[{i}]', v) for i, v in enumerate(output)]
+    else: parts = [(f'{path}.{k}', v) for k, v in getattr(output, '__dict__', {}).items()]
+    found = (_path_to_tensor(v, p, depth - 1) for p, v in parts)
+    return next((p for p in found if p is not None), None)
+
+def _not_a_tensor(name, output, selected):
+    kind = type(output).__name__
+    if selected: return TypeError(f"select returned a {kind} for layer {name!r}: it must return a tensor")
+    path = _path_to_tensor(output)
+    such_as = f", such as select=lambda output: {path}" if path else ""
+    return TypeError(f"layer {name!r} returned a {kind}, not a tensor: pass select{such_as}")
+
+# %% ../nbs/10_tap.ipynb #2aa3ddea
+_CHOSEN = ". The layer was chosen as the last stage before the classifier: name another one, layer='...'"
+
+def _did_not_run(name, guessed):
+    return (f"layer {name!r} did not run since the tap was last emptied: is the tap attached, and does the model's"
+            " forward use this layer? A compiled model calls only hooks that were there when its code was compiled:"
+            " attach the tap before its first call, and before that call torch._dynamo.reset() if a model of the same"
+            " classes was compiled without a tap"
+            + (_CHOSEN if guessed else ''))
+
 # %% ../nbs/10_tap.ipynb #0a8f235d
 class FeatureTap:
-    "Context manager that keeps the activations of one layer, with their gradient, for use in a training loop"
+    """Context manager that keeps the activations of one layer, with their gradient, for use in a training loop.
+    A tap belongs to the thread that attached it: it does not see what others run, and `pop` raises in another"""
     def __init__(self,
-        model: nn.Module, # the network, an `nn.Module`
-        layer: str | nn.Module | None = None, # dotted name or module; None: the last stage before the classifier, see `last_stage`
-        select: Callable[[Any], torch.Tensor] | None = None, # function that picks the activations from the layer's output, for layers that return a tuple or dict
+        model: nn.Module, # the network
+        layer: str | nn.Module | None = None, # dotted name or module; None: `last_stage(model)`
+        # picks the activations from the output of a layer that returns a tuple, dict or object
+        select: Callable[[Any], torch.Tensor] | None = None,
     ) -> None:
         self.name, self.module = find_layer(model, layer)
-        self.select, self._recorder, self._handle = select, _Recorder(), None
+        self.select, self._recorder, self._remove = select, _Recorder(select), None
+        self.guessed = layer is None # was the layer chosen by `last_stage`?
+        self._hint = layer is None and not _is_compiled(model)
 
     def attach(self) -> 'FeatureTap':
-        "Start listening; does nothing if it does already"
-        if self._handle is None: self._handle = self.module.register_forward_hook(self._recorder)
+        "Start listening; does nothing if it does already. A tap that nobody holds any more stops by itself"
+        if self._remove is not None: return self
+        handle = self.module.register_forward_hook(self._recorder)
+        self._recorder.thread, self._recorder.elsewhere = threading.get_ident(), False
+        self._remove = weakref.finalize(self, handle.remove)
+        self._remove.atexit = False
         return self
 
     def detach(self) -> None:
         "Stop listening, leave the model as it was, and let go of the activations"
-        if self._handle is not None: self._handle.remove()
-        self._handle = None
+        if self._remove is not None: self._remove()
+        self._remove = None
+        self._recorder.thread = None
         self._recorder.clear()
 
     def clear(self) -> None:
         "Let go of the activations; the next forward pass starts afresh"
         self._recorder.clear()
 
-    def __getstate__(self): return {**self.__dict__, '_recorder': None, '_handle': None} # a copy or a pickle of a tap starts detached and empty
-    def __setstate__(self, state): self.__dict__.update(state, _recorder=_Recorder())
+    def __getstate__(self): return {**self.__dict__, '_recorder': None, '_remove': None}  # a copy starts detached
+    def __setstate__(self, state): self.__dict__.update(state, _recorder=_Recorder(state['select']))
 
     def __enter__(self) -> 'FeatureTap': return self.attach()
     def __exit__(self, *exc: object) -> None: self.detach()
 
     @property
+    def output(self) -> Any:
+        "What the layer returned last, or what `select` picked from it, unchecked; None if it did not run"
+        last = self._recorder.last
+        return None if last is None else last[0]
+
+    @property
     def activations(self) -> torch.Tensor:
         "The layer's latest activations, which the tap goes on holding. Raises `RuntimeError` if it has none"
         r = self._recorder
-        if r.output is None:
-            raise RuntimeError(f"layer {self.name!r} did not run since the tap was last emptied: is the tap attached, and does the model's forward use this"
-                               " layer? A compiled model calls only hooks that were there when its code was compiled: attach the tap before its first call,"
-                               " and before that call torch._dynamo.reset() if a model of the same classes was compiled without a tap")
-        if any(t._version != version for t, version in r.versions):
-            raise RuntimeError(f"the output of layer {self.name!r} was changed in place by what follows it: tap the module behind it instead"
-                               " (often an nn.ReLU), set inplace=False there, or tap a layer before it")
-        A = r.output if self.select is None else self.select(r.output)
-        if not isinstance(A, torch.Tensor):
-            raise TypeError(f"layer {self.name!r} returned a {type(A).__name__}, not a tensor: pass select, such as select=lambda output: output[0]")
+        last, here = r.last, r.thread in (None, threading.get_ident())
+        if not here or last is None and r.elsewhere:
+            raise RuntimeError(f"layer {self.name!r} ran, or was asked for, in another thread than the one that"
+                               " attached the tap: attach a tap in each thread that runs the model")
+        if last is None: raise RuntimeError(_did_not_run(self.name, self._hint))
+        A, versions = last
+        if any(t._version != version for t, version in versions):
+            raise RuntimeError(f"the output of layer {self.name!r} was changed in place by what follows it: tap the"
+                               " module behind it instead (often an nn.ReLU), set inplace=False there, or tap a layer"
+                               " before it")
+        if isinstance(A, _Failed): raise A.error
+        if not isinstance(A, torch.Tensor): raise _not_a_tensor(self.name, A, self.select is not None)
         return A
 
     def pop(self) -> torch.Tensor:
-        "The activations of this step, and empty the tap. Raises `RuntimeError` unless the layer ran exactly once, with gradients on"
+        """The activations of this step, and empty the tap.
+        Raises `RuntimeError` unless the layer ran exactly once, with gradients on"""
         r = self._recorder
         try:
-            A = self.activations
-            if torch.is_grad_enabled() and r.calls == 0:
-                raise RuntimeError(f"layer {self.name!r} ran without gradients: reentrant checkpointing does that (use_reentrant=False does not),"
-                                   " and so does a forward pass under torch.no_grad()")
-            if r.calls > 1:
-                raise RuntimeError(f"layer {self.name!r} ran {r.calls} times since the last pop(): a tap holds one output a step; tap a layer that runs"
-                                   " once, call pop() after each run, or clear() before the forward pass")
+            A, calls = self.activations, r.calls
+            if torch.is_grad_enabled() and calls == 0:
+                raise RuntimeError(f"layer {self.name!r} ran without gradients: reentrant checkpointing does that"
+                                   " (use_reentrant=False does not), and so does a forward pass under torch.no_grad()")
+            if calls > 1:
+                raise RuntimeError(f"layer {self.name!r} ran {calls} times since the last pop(): a tap holds one output"
+                                   " a step; tap a layer that runs once, call pop() after each run, or clear() before"
+                                   " the forward pass")
         finally: r.clear()
         return A

@@ -1,5 +1,8 @@
 "What a tap does under compilation, data parallelism, tuples and dicts, in-place work, errors, copies and checkpointing."
-import copy, gc, io, pickle, weakref
+import copy, gc, io, pickle, threading, weakref
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -166,6 +169,116 @@ def test_what_is_no_model():
 def test_channel_dim(shape, widths, expected):
     assert find_channel_dim(nn.Sequential(nn.Identity(), nn.Linear(widths, 2)), torch.rand(shape)) == expected
 
+# ---- Wrappers that answer for the module inside ----
+
+class Forwards(nn.Module):
+    "As Fabric, PEFT and Opacus do it: what the wrapper does not have is looked up in the module inside"
+    def __init__(self, inner, **others):
+        super().__init__()
+        self._held = inner
+        for name, m in others.items(): setattr(self, name, m)
+    def forward(self, *args, **kwargs): return self._held(*args, **kwargs)
+    def __getattr__(self, name):
+        try: return super().__getattr__(name)
+        except AttributeError: return getattr(super().__getattr__('_held'), name)
+
+def named_net():
+    net = nn.Module()
+    net.stem, net.layer4, net.fc = nn.Linear(3, 8), nn.Sequential(nn.Linear(8, 6), nn.ReLU()), nn.Linear(6, 4)
+    net.tap = 'layer4'
+    return net
+
+def checkpoint_wrapped():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    net = make_net()
+    for i in (0, 2): net[i] = checkpoint_wrapper(net[i])
+    return checkpoint_wrapper(net)
+
+def fabric():
+    L = pytest.importorskip('lightning')
+    return L.Fabric(accelerator='cpu', devices=1).setup(make_net())
+
+def peft():
+    peft = pytest.importorskip('peft')
+    return peft.get_peft_model(make_net(), peft.LoraConfig(target_modules=['0', '2'], r=2))
+
+def opacus():
+    return pytest.importorskip('opacus').GradSampleModule(make_net())
+
+WRAPPED = dict(forwards=lambda: Forwards(make_net()), twice=lambda: Forwards(Forwards(make_net())), compiled=lambda: torch.compile(Forwards(make_net()), backend='eager'),
+               checkpoint=checkpoint_wrapped, fabric=fabric, peft=peft, opacus=opacus)
+
+@pytest.mark.parametrize('make', WRAPPED.values(), ids=WRAPPED)
+def test_wrappers_are_found_and_looked_up_in_one_way(make):
+    "The default layer, a name, the wrapper's own spelling of it, the module itself: the same layer, and its output"
+    model = make()
+    name, module = find_layer(model)
+    assert name == last_stage(model) == '3' and find_layer(model, '3') == find_layer(model, module) == ('3', module)
+    spelled = [n for n, m in model.named_modules() if m is module]
+    assert all(find_layer(model, n) == ('3', module) for n in spelled)
+    with FeatureTap(model) as tap:
+        logits = model(X)
+        A = tap.pop()
+    torch.testing.assert_close(dict(model.named_modules())[spelled[0].rsplit('3', 1)[0] + '4'](A), logits)
+
+@pytest.mark.parametrize('make', WRAPPED.values(), ids=WRAPPED)
+def test_hints_name_layers_that_exist(make):
+    "Each name of the hint, and each that `named_modules` lists, can be used"
+    model = make()
+    with pytest.raises(ValueError, match="did you mean") as e: find_layer(model, '33')
+    for name in str(e.value).split('did you mean ')[1].split('?')[0].split(', '): find_layer(model, name.strip("'"))
+    for name, m in model.named_modules():
+        if name and name.split('.')[-1] in '01234': assert find_layer(model, name)[1] in (m, *m.modules(), *model.modules())
+
+def test_a_wrapper_with_parts_of_its_own():
+    model = Forwards(named_net(), extra=nn.Linear(2, 2))
+    assert find_layer(model)[0] == 'layer4' and find_layer(model, 'extra') == ('extra', model.extra)
+    assert find_layer(model, '_held.layer4.1') == ('layer4.1', model.layer4[1])
+
+def test_fsdp(tmp_path):
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/init', rank=0, world_size=1)
+    try:
+        net = named_net()
+        net.layer4 = FSDP(net.layer4, device_id=torch.device('cpu'), use_orig_params=True)
+        model = FSDP(net, device_id=torch.device('cpu'), use_orig_params=True)
+        names = {n: m for n, m in model.named_modules()}
+        assert find_layer(model)[0] == last_stage(model) == 'layer4'
+        assert find_layer(model)[1] is names['_fsdp_wrapped_module.layer4']
+        assert all(find_layer(model, n)[0] == 'layer4.0' for n in ('layer4.0', '_fsdp_wrapped_module.layer4._fsdp_wrapped_module.0'))
+    finally: torch.distributed.destroy_process_group()
+
+def test_every_name_of_a_module_works():
+    "A module that is registered twice has two names; the tap has the one it was given"
+    class Twins(nn.Module):
+        def __init__(self): super().__init__(); self.left = nn.Linear(3, 3); self.right = self.left
+        def forward(self, x): return self.right(x)
+    net = Twins()
+    for name in ('left', 'right'):
+        with FeatureTap(net, name) as tap: net(X); assert tap.name == name and tap.pop().shape == (8, 3)
+    assert find_layer(net, net.right)[0] == 'left'
+
+COMPILED_AWAY = {
+    'script': (lambda: torch.jit.script(make_net()), "made by torch.jit.script or torch.jit.trace"),
+    'trace': (lambda: torch.jit.trace(make_net(), X), "made by torch.jit.script or torch.jit.trace"),
+    'scripted part': (lambda: nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Identity(), torch.jit.script(make_net()))), "layer '1.1.3' is in a part made by torch.jit"),
+    'exported': (lambda: torch.export.export(make_net(), (X,)), "pass the nn.Module that it was exported from"),
+    'module of an exported one': (lambda: torch.export.export(make_net(), (X,)).module(), "is in a GraphModule, as torch.export and torch.fx make it")}
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+@pytest.mark.parametrize('kind', COMPILED_AWAY)
+def test_models_that_call_no_hooks_are_told_what_they_are(kind):
+    make, message = COMPILED_AWAY[kind]
+    model = make()
+    names = [n for n, _ in model.named_modules() if n] if isinstance(model, nn.Module) else ['3']
+    with pytest.raises(TypeError, match=message): FeatureTap(model, '1.1.3' if kind == 'scripted part' else '3' if '3' in names else names[0])
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_graphs_that_call_their_layers_and_layers_beside_a_scripted_part():
+    for model, layer in ((torch.fx.symbolic_trace(make_net()), '3'), (nn.Sequential(torch.jit.script(make_net()), nn.Identity()), '1')):
+        with FeatureTap(model, layer) as tap: model(X); assert tap.pop().ndim == 2
+    with pytest.raises(TypeError, match="layer '0' is in a part made by"): FeatureTap(model, '0')
+
 # ---- What a layer returns ----
 
 @pytest.mark.parametrize('kind,select', [('tuple', lambda out: out[0]), ('list', lambda out: out[0]), ('dict', lambda out: out['hidden'])])
@@ -191,6 +304,58 @@ def test_select_may_reshape():
     vit = nn.Sequential(nn.Linear(3, 6), nn.Linear(6, 4)); x = torch.randn(2, 5, 3)
     with FeatureTap(vit, '0', select=lambda A: A[:, 1:]) as tap:                       # without the class token
         vit(x); assert tap.pop().shape == (2, 4, 6)
+
+@dataclass
+class Record: size: int; hidden: object
+class Plain:
+    def __init__(self, h): self.size, self.hidden = 1, h
+RETURNS = {'dict': lambda h: {'n': 1, 'hidden': h}, 'OrderedDict': lambda h: OrderedDict(n=1, out=h), 'tuple': lambda h: (1, h), 'nested': lambda h: {'a': {'b': [h]}},
+           'Record': lambda h: Record(1, h), 'Plain': Plain, 'object in a dict': lambda h: {'out': Plain(h)}}
+
+class Returns(nn.Module):
+    def __init__(self, kind): super().__init__(); self.make = RETURNS[kind]
+    def forward(self, x): return self.make(x*1)
+
+@pytest.mark.parametrize('kind', RETURNS)
+def test_the_hint_of_a_layer_that_returns_no_tensor_works(kind):
+    net = nn.Sequential(Returns(kind))
+    with FeatureTap(net, '0') as tap:
+        net(X)
+        with pytest.raises(TypeError, match="not a tensor: pass select, such as select=") as e: tap.pop()
+    with FeatureTap(net, '0', select=eval(str(e.value).split('select=')[1])) as tap: net(X); assert torch.equal(tap.pop(), X)
+
+def test_an_output_without_a_tensor_and_a_select_that_finds_none():
+    class Nothing(nn.Module):
+        def forward(self, x): return 'nothing'
+    net = nn.Sequential(Nothing())
+    with FeatureTap(net, '0') as tap:
+        net(X)
+        with pytest.raises(TypeError, match="layer '0' returned a str, not a tensor: pass select$"): tap.pop()
+    with FeatureTap(make_net(), '3', select=lambda A: None) as tap:
+        tap.module(X)
+        with pytest.raises(TypeError, match="select returned a NoneType for layer '3'"): tap.pop()
+
+@pytest.mark.parametrize('kind', ['Record', 'Plain', 'object in a dict'])
+def test_in_place_work_behind_an_object(kind):
+    "An object whose tensor is changed later: what select returns is watched, whatever it came in"
+    pick = dict(Record=lambda o: o.hidden, Plain=lambda o: o.hidden).get(kind, lambda o: o['out'].hidden)
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.body = Returns(kind)
+        def forward(self, x): return pick(self.body(x)).relu_()
+    net = Net()
+    for select in (pick, lambda o: pick(o)[:, 1:]):
+        with FeatureTap(net, 'body', select) as tap:
+            net(X)
+            with pytest.raises(RuntimeError, match="changed in place"): tap.pop()
+    with FeatureTap(net, 'body', lambda o: pick(o).float().clone()) as tap: net(X); assert torch.equal(tap.pop(), X)  # of what the layer returned
+
+def test_select_sees_what_the_layer_returned():
+    "Not what became of the object afterwards"
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.body = Returns('Plain')
+        def forward(self, x): out = self.body(x); out.hidden = out.hidden + 1; return out.hidden
+    net = Net()
+    with FeatureTap(net, 'body', lambda o: o.hidden) as tap: net(X); assert torch.equal(tap.pop(), X)
 
 # ---- Steps that must not pass silently ----
 
@@ -238,7 +403,55 @@ def test_two_taps_and_two_layers():
         net(X); assert a.pop().shape == (8, 8) and torch.equal(b.pop(), c.pop())
     assert hooks(net) == 0
 
+# ---- Threads ----
+
+def test_a_tap_that_threads_share_never_returns_the_others_activations():
+    "Each asks for its own; it gets these or an error. The one that attached the tap works"
+    net, got = make_net(), {1: [], 2: []}
+    inputs = {k: torch.full((4, 3), float(k)) for k in (1, 2)}
+    expected = {k: net[:4](x).detach() for k, x in inputs.items()}
+    barrier = threading.Barrier(2, timeout=60)
+    def work(k):
+        for _ in range(100):
+            barrier.wait()
+            net(inputs[k])
+            try: A = tap.pop()
+            except RuntimeError as e: got[k].append(str(e))
+            else: got[k].append(torch.equal(A, expected[k]))
+    with FeatureTap(net, '3') as tap, ThreadPoolExecutor(1) as pool:
+        other = pool.submit(work, 2)
+        work(1); other.result()
+    assert len(got[1]) == len(got[2]) == 100 and False not in got[1] and all('another thread' in g for g in got[2])
+
+def test_a_tap_for_each_thread():
+    "Two threads train the same model at once, each with its own tap"
+    net = make_net(); barrier = threading.Barrier(2, timeout=60)
+    def work(k):
+        x = torch.full((4, 3), float(k)); expected = net[:4](x)
+        with FeatureTap(net, '3') as tap:
+            for _ in range(50):
+                barrier.wait(); net(x); barrier.wait()
+                assert torch.equal(tap.pop(), expected)
+        return True
+    with ThreadPoolExecutor(2) as pool: assert all(list(pool.map(work, (1, 2))))
+    assert hooks(net) == 0
+
+def test_a_tap_may_move_to_another_thread_when_it_is_attached_anew():
+    net = make_net(); tap = FeatureTap(net, '3')
+    def run():
+        with tap: net(X); return tap.pop()
+    with ThreadPoolExecutor(1) as pool: assert torch.equal(pool.submit(run).result(), run())
+
 # ---- Nothing stays behind ----
+
+def test_a_tap_that_nobody_holds_takes_its_hook_along():
+    net = make_net(); gc.disable()
+    try:
+        tap = FeatureTap(net, '3').attach(); net(X); assert hooks(net) == 1
+        ref = weakref.ref(tap); del tap
+        assert ref() is None and hooks(net) == 0
+        FeatureTap(net, '3').attach(); assert hooks(net) == 0
+    finally: gc.enable()
 
 @pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt, torch.OutOfMemoryError])
 @pytest.mark.parametrize('where', ['forward', 'between', 'backward'])
@@ -254,7 +467,7 @@ def test_an_exception_leaves_no_hook_and_no_activations(error, where):
             if where == 'between': fail()
             A = tap.activations; A.register_hook(fail)
             (logits.sum() + A.sum()).backward()
-    assert hooks(net) == 0 and tap._recorder.output is None and list(net.state_dict()) == keys
+    assert hooks(net) == 0 and tap.output is None and list(net.state_dict()) == keys
     with tap: check_step(net, net, tap)                                                # the next one is right
 
 def test_attach_and_detach_may_be_repeated():
@@ -314,7 +527,8 @@ def test_checkpointing_without_reentry_works():
         for forward in (lambda x: checkpoint(net, x, use_reentrant=False), lambda x: checkpoint_sequential(net, 2, x, use_reentrant=False),
                         lambda x: net[4](checkpoint(net[:4], x, use_reentrant=False)), lambda x: net[2:](checkpoint(net[:2], x, use_reentrant=False))):
             for _ in range(2): check_step(net, net, tap, forward)
-            assert tap._recorder.output is None and tap._recorder.calls == 0           # the recomputation left nothing
+            assert tap.output is None                                                  # the recomputation left nothing
+            with pytest.raises(RuntimeError, match='did not run'): tap.pop()
 
 def test_reentrant_checkpointing_raises():
     net = make_net()
@@ -341,7 +555,7 @@ def test_copies_of_a_tap_start_detached_and_work(twin_of):
     net = make_net()
     with FeatureTap(net, '3') as tap:
         net(X); twin = twin_of(tap)
-        assert twin.name == '3' and twin._handle is None
+        assert twin.name == '3' and hooks(net) == 1
         with pytest.raises(RuntimeError, match="did not run"): twin.pop()
         own = nn.Sequential(*net[:3], twin.module, net[4])
         with twin: check_step(own, own, twin)
