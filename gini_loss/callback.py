@@ -21,7 +21,7 @@ from fastai.learner import ValueMetric
 from .losses import GiniKLLoss
 from .targets import MixedTargets as _Mixed, check_class_prior as _check_prior, is_integer as _is_integer, label_matrix as _label_matrix
 from .running import RunningGiniKLLoss
-from .tap import FeatureTap, _fitting_dim, _is_compiled, find_channel_dim, find_layer
+from .tap import FeatureTap, find_channel_dim, find_layer
 
 # %% ../nbs/11_callback.ipynb #62340f24
 def _as_list(x): return list(x) if isinstance(x, (list, tuple)) else [x]
@@ -180,7 +180,7 @@ class GiniLossCallback(Callback):
     def after_pred(self):
         "Stop if what was guessed to come before the classifier are the logits themselves"
         for layer, tap in zip(self.layers, self._taps):
-            A, pred = tap._recorder.output, self.learn.pred
+            A, pred = tap.output, self.learn.pred
             if layer is not None or tap.name in self._looked_at or not all(isinstance(t, torch.Tensor) for t in (A, pred)): continue
             if A.shape == pred.shape and A.data_ptr() == pred.data_ptr() and getattr(self.learn.model, 'tap', None) != tap.name:
                 raise ValueError(f"layer {tap.name!r} was chosen as the last stage before the classifier, but what it gives is the output of the model itself:"
@@ -194,10 +194,7 @@ class GiniLossCallback(Callback):
             on = self.learn.epoch >= self.start_epoch and bool(loss.lambda_gini or loss.lambda_kl)
             measured = self.pull and self.learn.iter == 0
             with torch.set_grad_enabled(on or measured):
-                try: A = tap.pop() if on or measured else tap.activations.detach()
-                except RuntimeError as e:
-                    if self.layers[i] is None and 'did not run' in str(e) and not _is_compiled(self.learn.model): raise RuntimeError(f"{e} It was chosen as the last stage before the classifier: name another one, layer='...'") from None
-                    raise
+                A = tap.pop() if on else tap.activations.detach()
                 if y is None: y = _mixed_targets(self.learn.yb[0], self.learn)
                 if loss.channel_dim is None: loss.channel_dim = find_channel_dim(self.learn.model, A, tap.module)
                 elif self.channel_dim is not None and tap.name not in self._looked_at: self._check_channel_dim(A, tap)
@@ -216,7 +213,7 @@ class GiniLossCallback(Callback):
 
     def _check_channel_dim(self, A, tap):
         "Warn if the layers around the tap say that another dimension holds the channels"
-        found = _fitting_dim(self.learn.model, A, tap.module) if A.ndim > 2 and -A.ndim <= self.channel_dim < A.ndim else None
+        found = find_channel_dim(self.learn.model, A, tap.module, guess=False) if A.ndim > 2 and -A.ndim <= self.channel_dim < A.ndim else None
         if found is not None and found % A.ndim != self.channel_dim % A.ndim:
             self._tell(tap.name, 'channel_dim', f"channel_dim={self.channel_dim} was given, but of its output of shape {tuple(A.shape)} the layers around it take"
                        f" dimension {found} for the channels. Leave channel_dim out if you are not sure")
