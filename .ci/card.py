@@ -17,7 +17,7 @@ from fastai.torch_core import set_seed
 from sklearn.datasets import load_digits
 
 from gini_loss.callback import GiniLossCallback
-from gini_loss.data import device_dls
+from gini_loss.loader import device_dls
 from gini_loss.models import resnet18
 from gini_loss.plots import LOSS_NAMES, layer_diagnostics
 

@@ -265,7 +265,7 @@ def section_throughput(timer, speed, quick):
     from fastai.vision.data import ImageDataLoaders
     from PIL import Image
     from gini_loss.callback import GiniLossCallback
-    from gini_loss.data import CIFAR100_MEAN, CIFAR100_STD, device_dls
+    from gini_loss.loader import CIFAR100_MEAN, CIFAR100_STD, device_dls
     from gini_loss.models import resnet18
     device, gpu = timer.device, timer.device.type == 'cuda'
     n, bs, width, rounds = (20_000, 500, 64, 5) if gpu else (1_500, 100, 8, 5) if not quick else (1_000, 100, 4, 5)

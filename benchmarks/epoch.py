@@ -22,7 +22,8 @@ from fastai.callback.core import CancelFitException, Callback
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from gini_loss.data import ImageSet, device_dls
+from gini_loss.datasets import ImageSet
+from gini_loss.loader import device_dls
 from gini_loss.train import build_dls, build_learner, environment, recipe
 
 VARIANTS = {'float32': {}, 'without the terms': dict(loss='ce'), 'bfloat16': dict(precision='bfloat16'), 'channels_last': dict(channels_last=True),

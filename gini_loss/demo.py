@@ -35,7 +35,7 @@ def _split(images, labels, names, seed):
 
 def _without_copies(train, test):
     "`test` without the images that are in `train` too, and how many they were"
-    from gini_loss.data import find_duplicates
+    from gini_loss.datasets import find_duplicates
     keep = torch.ones(len(test[1]), dtype=torch.bool)
     keep[find_duplicates(test[0], train[0])[:, 0]] = False
     if not keep.any(): raise ValueError("each test image is also a training image: this data set holds copies only")
@@ -70,7 +70,7 @@ def demo_data(
     seed: int = 0, # of the split and of the choice of images
 ) -> DemoData:
     "Images to train and to test on; FileNotFoundError or ValueError for data that are not there or not enough"
-    from gini_loss.data import load_cifar100, load_folder, select_classes
+    from gini_loss.datasets import load_cifar100, load_folder, select_classes
     if size is not None and data in ('digits', 'cifar100'): raise ValueError(f"size is for the images of a folder; those of {data} have a fixed size")
     if data == 'digits':
         from sklearn.datasets import load_digits
@@ -234,7 +234,7 @@ class Demo:
 
     def loaders(self, seed: int) -> Any:
         "fastai `DataLoaders` whose order and crops depend on `seed` alone"
-        from gini_loss.data import device_dls
+        from gini_loss.loader import device_dls
         digits, size = self.settings['data'] == 'digits', self.data.train[0].shape[-1]
         return device_dls(self.data.train, self.data.test, classes=self.data.classes, bs=self.settings['batch_size'], val_bs=500, seed=seed,
             device=self.settings['device'], mean=self.mean, std=self.std, padding=max(1, size//8), flip=0. if digits else .5) # a mirrored 3 is no digit

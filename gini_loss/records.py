@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 import gini_loss
-from .data import CALTECH12
+from .datasets import CALTECH12
 if typing.TYPE_CHECKING: from gini_loss.train import Config
 
 def _write_whole(path, data):

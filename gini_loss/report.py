@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import gini_loss
-from .data import CALTECH12
+from .datasets import CALTECH12
 from .records import load_results, read_predictions
 from .stats import compare, judgement_rule, paired_images, paper_claims
 from .study import Study, load_study

@@ -31,7 +31,8 @@ from torch.optim.lr_scheduler import MultiStepLR, ReduceLROnPlateau
 import gini_loss
 from . import models
 from .callback import GiniLossCallback
-from .data import CALTECH12, DeviceLoader, ImageSet, device_dls, load_caltech12, load_cifar100, split_train_valid
+from .datasets import CALTECH12, ImageSet, load_caltech12, load_cifar100, split_train_valid
+from .loader import CIFAR100_MEAN, CIFAR100_STD, DeviceLoader, device_dls
 from .losses import GiniKLLoss, diagnostics, pool
 from .ranks import sum_over_ranks
 from .rivals import OBJECTIVES, Rival
@@ -253,7 +254,8 @@ def build_dls(
 ) -> DataLoaders:
     "fastai `DataLoaders`: train (augmented), valid, test; under torch.distributed, train gives each process its share of every batch"
     train, valid, test, classes = load_images(config, root)
-    settings = dict(padding=config.padding, flip=config.flip, rotation=config.rotation, normalize=config.normalize, channels_last=config.channels_last,
+    normalize = (CIFAR100_MEAN, CIFAR100_STD) if config.normalize else False
+    settings = dict(padding=config.padding, flip=config.flip, rotation=config.rotation, normalize=normalize, channels_last=config.channels_last,
                     dtype=torch.float64 if config.precision == 'float64' else torch.float32)
     if config.bs > len(train.labels): raise ValueError(f"bs={config.bs} is more than the {len(train.labels)} training images")
     dls = device_dls(train, valid, test, classes=classes, bs=config.bs, val_bs=500, seed=config.seed, device=device, **settings)
@@ -870,7 +872,7 @@ def _relabelled(images, names):
     return ImageSet(images.images[kept], torch.tensor([label[int(y)] for y in images.labels[kept]]))
 
 def _as_dataset(images, dls):
-    from gini_loss.data import ImageDataset
+    from gini_loss.loader import ImageDataset
     return ImageDataset(images.images, images.labels, list(dls.vocab))
 
 # %% ../nbs/23_train.ipynb #7c1720d5

@@ -14,7 +14,7 @@ from fastai.tabular.model import TabularModel
 from fastai.vision.learner import create_timm_model, create_vision_model
 from fastai.vision.models.xresnet import xresnet18
 from gini_loss.callback import GiniLossCallback
-from gini_loss.data import device_dls
+from gini_loss.loader import device_dls
 from gini_loss.losses import GiniKLLoss
 from gini_loss.models import cvt7, resnet17, resnet18, resnet50
 from gini_loss.tap import find_channel_dim, find_layer, last_stage

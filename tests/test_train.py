@@ -493,7 +493,7 @@ SCRIPT = '''
 import os, sys, torch
 torch.set_num_threads(1)
 from gini_loss.train import _distributed, _rank, build_dls, build_learner, recipe
-from gini_loss.data import DeviceLoader
+from gini_loss.loader import DeviceLoader
 class Turned(DeviceLoader):
     "Each batch with its images in reverse order"
     def _batches(self, epoch, start=0):
