@@ -194,7 +194,7 @@ class GiniLossCallback(Callback):
             on = self.learn.epoch >= self.start_epoch and bool(loss.lambda_gini or loss.lambda_kl)
             measured = self.pull and self.learn.iter == 0
             with torch.set_grad_enabled(on or measured):
-                A = tap.pop() if on else tap.activations.detach()
+                A = tap.pop() if on or measured else tap.activations.detach()
                 if y is None: y = _mixed_targets(self.learn.yb[0], self.learn)
                 if loss.channel_dim is None: loss.channel_dim = find_channel_dim(self.learn.model, A, tap.module)
                 elif self.channel_dim is not None and tap.name not in self._looked_at: self._check_channel_dim(A, tap)
