@@ -2,7 +2,7 @@
 import warnings
 
 from gini_loss import records as _new
-from gini_loss.records import *
+from gini_loss.records import * # noqa: F403
 
 warnings.warn("gini_loss.results is now gini_loss.records: change the import, the old name goes with the next release",
               DeprecationWarning, stacklevel=2)

@@ -11,8 +11,9 @@ import pytest
 pytest.importorskip('fastai', reason="training needs fastai")
 import made_up
 from gini_loss.plots import plot_runs
-from gini_loss.report import (SWITCHES, at_paper_scale, format_comparison, format_details, image_comparison, laptop_comparison, paper_comparison, records_path,
-                              study_progress, study_runs, study_to_train, summary_markdown, verdicts_in_words)
+from gini_loss.paper import (SWITCHES, answer_box, at_paper_scale, format_comparison, format_details, image_comparison, laptop_comparison,
+                             laptop_markdown, markdown_table, paper_comparison, records_path, study_progress, study_runs, study_to_train,
+                             summary_markdown, verdicts_in_words)
 from gini_loss.records import load_results
 from gini_loss.study import load_study, main
 from gini_loss.train import recipe
@@ -48,7 +49,7 @@ def test_paper_scale_and_laptop_in_one_folder(laptop):
     pd.testing.assert_frame_equal(laptop_comparison(runs), before)
     assert study_progress('table2', laptop).done.tolist() == [5]*4
     text = summary_markdown(laptop)
-    assert '| Table 1 | 8 | 2 |' in text and '| Table 2 | 3 | 3 |' in text and 'A small study that a laptop can do' in text
+    assert '| Table 1 | 8 | 2 |' in text and '| Table 2 | 3 | 3 |' in text and 'Before cross-entropy is solved' in text
 
 @pytest.mark.parametrize('extra', [dict(lambda_gini=1., lambda_kl=1.), dict(precision='bfloat16'), dict(lr=3e-3), dict(start_epoch=3)])
 @pytest.mark.parametrize('seeds', [(0,), (0, 1, 2)])
@@ -168,3 +169,21 @@ def test_the_list_of_studies_on_its_page_is_the_present_one(capsys):
     cells = json.loads(page.read_text(encoding='utf-8'))['cells']
     outputs = [''.join(o['text']) for c in cells if 'main([])' in ''.join(c['source']) for o in c['outputs'] if 'text' in o]
     assert printed.split() in [o.split() for o in outputs]
+
+def test_tables_for_pages():
+    "Names of layers and of files are text, not mathematics; columns that are empty throughout do not appear"
+    frame = pd.DataFrame({'layer': ['a|b', 'c$d$'], 'gain': ['+1.00', '-0.50'], 'nothing': [None, float('nan')], 'blank': ['', '']})
+    assert markdown_table(frame).split('\n') == ['| layer | gain |', '| --- | ---: |', '| a\\|b | +1.00 |', '| c\\$d\\$ | -0.50 |']
+    box = answer_box("**higher**, +1.0 points")
+    assert box.startswith('::: {.callout-note') and box.endswith('\n:::') and '**higher**' in box
+
+def test_the_small_study_in_one_paragraph(laptop):
+    text = laptop_markdown(load_results(laptop))
+    assert text.count('\n') == 0 and 'Before cross-entropy is solved' in text and 'Caltech 101' in text and '6 not detected' in text
+    assert laptop_markdown(load_results(laptop).iloc[:0]) == ''
+
+def test_the_old_name_works_with_a_warning():
+    import importlib, sys
+    sys.modules.pop('gini_loss.report', None)
+    with pytest.warns(DeprecationWarning, match='gini_loss.paper'): old = importlib.import_module('gini_loss.report')
+    assert old.paper_comparison is paper_comparison and old.records_path is records_path
