@@ -397,10 +397,11 @@ def image_comparison(
 ) -> pd.DataFrame:
     "Each pair by itself, over the test images (`gini_loss.stats.paired_images`): how far two networks differ on a test set of this size. A row a seed"
     if runs.duplicated(['loss', 'seed']).any(): raise ValueError("more than one run of a loss and a seed: select the runs of one network and configuration first")
-    column, rows = f"last_{METRICS[data].removesuffix('_accuracy')}_pred", []
+    key, rows = METRICS[data].removesuffix('_accuracy'), []
     by = {(r.loss, r.seed): r for _, r in runs.iterrows()}
     for seed in sorted(s for l, s in by if l == loss and ('ce', s) in by):
-        ours, base = (read_predictions(by[l, seed])[column] == TEST_LABELS[data] for l in (loss, 'ce'))
+        labels = known_labels(config_of(by[loss, seed]))[key]
+        ours, base = (read_predictions(by[l, seed])[f'last_{key}_pred'] == labels for l in (loss, 'ce'))
         d = paired_images(ours, base)
         rows.append(dict(seed=seed, only_with_loss=d.only_ours, only_baseline=d.only_baseline,
                          difference=_interval(d.difference, d.low, d.high), p=round(d.p, 3)))

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import torch.distributed as dist
 
 import gini_loss
 from .datasets import CALTECH12
+from .ranks import world_size
 if typing.TYPE_CHECKING: from gini_loss.train import Config
 
 def _write_whole(path, data):
@@ -202,11 +202,11 @@ def known_labels(
 ) -> dict[str, np.ndarray]:
     "Labels of the test images in the order of a run's predictions, by data set: 'test' and 'caltech'"
     if config.data == 'synthetic': return {'test': np.arange(10).repeat(10)}
-    names = config.class_names
-    if names is None: labels, n = {name: label for name, (label, _) in CALTECH12.items()}, 100
-    else: labels, n = {name: names.index(name) for name in CALTECH12 if name in names}, len(names)
-    caltech = [np.full(images, labels[name]) for name, (_, images) in CALTECH12.items() if name in labels]
-    return {'test': np.arange(n).repeat(100), **({'caltech': np.concatenate(caltech)} if caltech else {})}
+    names = config.class_names # the chosen ones, which are numbered anew; None: all hundred
+    labels = {'test': np.arange(100 if names is None else len(names)).repeat(100)}
+    shared = [(label if names is None else names.index(name), images) for name, (label, images) in CALTECH12.items() if names is None or name in names]
+    if shared: labels['caltech'] = np.concatenate([np.full(images, label) for label, images in shared])
+    return labels
 
 def _check_scores(record, config, arrays):
     "ValueError unless the predictions give the accuracies of the record"
@@ -215,7 +215,7 @@ def _check_scores(record, config, arrays):
         for score, data, array in (('test_accuracy', 'test', 'test_pred'), ('caltech_accuracy', 'caltech', 'caltech_pred'),
                                    ('caltech_accuracy_12', 'caltech', 'caltech_pred_12')):
             said, predicted = record[when][score], arrays.get(f'{when}_{array}')
-            if said is None and predicted is None: continue
+            if data not in labels or said is None and predicted is None: continue
             if said is None or predicted is None: raise ValueError(f"{when}.{score} and the array {when}_{array} must both be there")
             if predicted.shape != labels[data].shape:
                 raise ValueError(f"the array {when}_{array} must have a prediction for each of {len(labels[data])} images, got shape {predicted.shape}")
@@ -460,11 +460,10 @@ def environment(
     "Versions and hardware, without names of machines, people or folders"
     device = torch.device(device)
     on_gpu, cpu = device.type == 'cuda', _cpu_name()
-    several = dist.is_available() and dist.is_initialized()
     hardware = dict(
         device=device.type, device_name=torch.cuda.get_device_name(device) if on_gpu else cpu, cpu=cpu,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
-        threads=torch.get_num_threads(), processes=dist.get_world_size() if several else 1, system=platform.system(),
+        threads=torch.get_num_threads(), processes=world_size(), system=platform.system(),
         workers=int(os.environ.get('GINI_LOSS_WORKERS', 1)), # runs at a time, where `gini_study` shares out the machine
         tf32=torch.backends.cudnn.allow_tf32 if on_gpu else None) # 'float32' convolutions in TF32, as torch does by default
     versions = dict(

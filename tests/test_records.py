@@ -331,3 +331,14 @@ def test_the_old_name_works_with_a_warning():
     sys.modules.pop('gini_loss.results', None)
     with pytest.warns(DeprecationWarning, match='gini_loss.records'): old = importlib.import_module('gini_loss.results')
     assert old.load_results is load_results and old.RecordError is RecordError
+
+def test_scores_of_chosen_classes(tmp_path):
+    "A run of some classes numbers them anew, in both test sets"
+    config = recipe('twelve')
+    labels = known_labels(config)
+    assert labels['test'].shape == (1200,) and labels['caltech'].shape == (781,) and set(labels['caltech']) == set(range(12))
+    two = known_labels(recipe('twelve', classes='beaver+cup+apple'))
+    assert two['test'].max() == 2 and set(two['caltech']) == {1, 2} and 'caltech' not in known_labels(recipe('twelve', classes='apple+bear'))
+    put(tmp_path, config, .25, caltech=.125)
+    runs = load_results(tmp_path)
+    assert runs.test_accuracy[0] == .25 and runs.caltech_accuracy[0] == pytest.approx(.125, abs=1e-3)

@@ -204,8 +204,8 @@ def test_paired_images_against_the_binomial_and_hand():
     a, b = rng.random((2, 500)) < 0.7
     got = paired_images(a, b)
     table = np.array([[np.sum((a == x) & (b == y)) for y in (True, False)] for x in (True, False)])
-    b, c = table[0, 1], table[1, 0] # McNemar: a fair coin for each image on which they disagree
-    assert got.p == pytest.approx(min(1, 2*stats.binom.cdf(min(b, c), b + c, .5)))
+    only_a, only_b = table[0, 1], table[1, 0] # McNemar: a fair coin for each image on which they disagree
+    assert got.p == pytest.approx(min(1, 2*stats.binom.cdf(min(only_a, only_b), only_a + only_b, .5)))
     assert (got.only_ours, got.only_baseline, got.n) == (table[0, 1], table[1, 0], 500)
     assert got.difference == pytest.approx(100*(a.mean() - b.mean())) and got.low < got.difference < got.high
     x, y, n = table[0, 1] + 0.5, table[1, 0] + 0.5, 502 # Agresti and Min: half an image more in each cell
