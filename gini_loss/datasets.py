@@ -461,16 +461,18 @@ def class_folders(
     if twice: raise ValueError(f"{twice[0]} in {path} are one folder under several names: a class must have its own")
     return folders
 
+_SPLIT_NAMES = {'train', 'training', 'test', 'testing', 'val', 'valid', 'validation', 'dev'}
+
 def _check_no_splits(path, folders):
-    "ValueError if some of the folders are splits: no images of their own, and the same subfolders"
+    "ValueError if some of the folders are splits: no images of their own, but the same subfolders, or the name of a split"
     inside = {o.name: _listing(o) for o in folders}
-    classes = {name: {o.name for o in below} for name, (below, images) in inside.items() if below and not images}
-    alike = [o for o in permutations(classes, 2) if len(classes[o[0]]) > 1 and classes[o[0]] <= classes[o[1]]]
-    if alike:
-        splits = sorted({name for pair in alike for name in pair})
-        shared = sorted(set.intersection(*(classes[o] for o in splits)))[:3]
-        raise ValueError(f"{path} holds splits, not classes: {', '.join(splits)} hold no images of their own, but the "
-                         f"same subfolders ({', '.join(shared)}, ...); give one of them, such as {path/splits[-1]}")
+    below = {name: {o.name for o in subfolders} for name, (subfolders, images) in inside.items() if not images}
+    alike = [o for o in permutations(below, 2) if len(below[o[0]]) > 1 and below[o[0]] <= below[o[1]]]
+    splits = sorted({name for pair in alike for name in pair} | {o for o in below if o.lower() in _SPLIT_NAMES})
+    if splits:
+        shared = ', '.join(sorted(set.intersection(*(below[o] for o in splits)))[:3])
+        raise ValueError(f"{path} holds splits, not classes: {', '.join(splits)} with {shared or 'nothing'} inside, and no images "
+                         f"of their own; give one of them instead, such as {path/splits[-1]}")
 
 # %% ../nbs/20_datasets.ipynb #c9484dfc
 FolderSet = namedtuple('FolderSet', 'images labels classes')

@@ -70,7 +70,8 @@ def demo_data(
     seed: int = 0, # of the split and of the choice of images
 ) -> DemoData:
     "Images to train and to test on; FileNotFoundError or ValueError for data that are not there or not enough"
-    from gini_loss.datasets import load_cifar100, load_folder, select_classes
+    from gini_loss.datasets import class_folders, load_cifar100, load_folder, select_classes
+    n_classes = None
     if size is not None and data in ('digits', 'cifar100'): raise ValueError(f"size is for the images of a folder; those of {data} have a fixed size")
     if data == 'digits':
         from sklearn.datasets import load_digits
@@ -84,20 +85,21 @@ def demo_data(
         names, train, test = full.classes, full.train, full.test
         title, classes, per_class = "CIFAR-100", 10 if classes is None else classes, per_class or 500
     else:
-        path, per_class = Path(data).expanduser(), per_class or 500
-        if not path.exists():
+        path, per_class = Path(data).expanduser() if str(data) else data, per_class or 500
+        if str(data) and not path.exists():
             raise FileNotFoundError(f"unknown data set {str(data)!r}: use digits, cifar100, or the path of a folder with one subfolder of images per class")
-        if path.is_dir() and (nested := {o.name for o in path.iterdir() if o.is_dir()} & {'train', 'test', 'val', 'valid'}):
-            raise ValueError(f"{path} holds a folder {sorted(nested)[-1]!r}, not a folder per class: give {path / sorted(nested)[-1]} instead")
-        images, labels, names = load_folder(path, size=32 if size is None else size, max_per_class=-(-per_class*5 // 4), seed=seed)
-        title, classes = path.resolve().name, min(10, len(names)) if classes is None else classes
+        found = [o.name for o in class_folders(path)]
+        classes = [found[k] for k in _pick(found, min(10, len(found)) if classes is None else classes)]
+        images, labels, names = load_folder(path, 32 if size is None else size, -(-per_class*5 // 4), seed, classes)
+        title, n_classes = path.resolve().name, len(found)
         train, test = _split(images, labels, names, seed)
     picked = _pick(names, classes)
+    if n_classes is None: n_classes = len(names)
     train, test = (select_classes(*o, picked) for o in (train, test))
     if per_class is not None: train = _at_most(*train, per_class, seed)
     test, copies = _without_copies(train, test)
     c, size = train[0].shape[1:3]
-    name = (f"{title}: {len(picked)} of {len(names)} classes, {len(train[1]):,} images to train on and {len(test[1]):,} to test on,"
+    name = (f"{title}: {len(picked)} of {n_classes} classes, {len(train[1]):,} images to train on and {len(test[1]):,} to test on,"
             f" {size}x{size} pixels, {'grey' if c == 1 else 'colour'}" + (f" ({copies} test images left out as copies of training images)" if copies else ""))
     return DemoData(tuple(train), tuple(test), [names[k] for k in picked], name)
 

@@ -435,12 +435,16 @@ def make_folders(root, *names):
 @pytest.mark.parametrize('splits', [('training', 'testing'), ('A', 'B', 'C'), ('2019', '2020')])
 def test_splits_are_recognised_by_structure(tmp_path, splits):
     make_folders(tmp_path, *[f'{s}/{c}/0.png' for s in splits for c in ('cat', 'dog')])
-    with pytest.raises(ValueError, match=f'holds splits, not classes: .*{splits[0]}.*cat, dog.*such as'): load_folder(tmp_path, 4)
+    with pytest.raises(ValueError, match=f'holds splits, not classes: .*{splits[0]}.*cat, dog.*give one of them instead'): load_folder(tmp_path, 4)
     assert load_folder(tmp_path/splits[0], 4).classes == ['cat', 'dog']
 
 def test_splits_of_which_one_lacks_a_class_or_has_no_classes(tmp_path):
     make_folders(tmp_path, *[f'{s}/{c}/0.png' for s in ('fit', 'check') for c in ('cat', 'dog')], 'fit/owl/0.png', 'unlabelled/0.png')
-    with pytest.raises(ValueError, match='not classes: check, fit hold no images'): load_folder(tmp_path, 4)
+    with pytest.raises(ValueError, match='not classes: check, fit with cat, dog inside'): load_folder(tmp_path, 4)
+
+def test_a_lone_split_is_recognised_by_its_name_and_its_lack_of_images(tmp_path):
+    make_folders(tmp_path, 'train/cat/0.png', 'train/dog/0.png', 'unlabelled/0.png')
+    with pytest.raises(ValueError, match='not classes: train with cat, dog inside.*such as .*train'): load_folder(tmp_path, 4)
 
 @pytest.mark.parametrize('files', [
     ('train/1.png', 'test/1.png'),                                                # classes that are called like splits

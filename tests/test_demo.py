@@ -230,7 +230,8 @@ def test_bad_argument(args, words, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize('make, words', [
     (lambda p: None, '0 class folders'),
-    (lambda p: [(p/k).mkdir() for k in 'ab'], 'No images in'),
+    (lambda p: [(p/k).mkdir() for k in 'ab'], 'no images in'),
+    (lambda p: [(p/k/c).mkdir(parents=True) for k in ('fit', 'check') for c in 'ab'], "holds splits"),
     (lambda p: [(p/k).mkdir() for k in ('train', 'test')], "instead"),
     (lambda p: [((p/k).mkdir(), [Image.new('RGB', (8, 8), (i, ord(k), 0)).save(p/k/f'{i}.png') for i in range(4)]) for k in 'ab'], 'at least 5 are needed'),
     (lambda p: [((p/k).mkdir(), [(p/k/f'{i}.png').write_text('no image') for i in range(5)]) for k in 'ab'], 'cannot be used'),
