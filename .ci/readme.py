@@ -16,12 +16,17 @@ RENDERED = {
 }
 
 
+def without_fences(source):
+    "Markdown without the lines that make tabs, cards and columns of it on the site"
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r"^:::.*$\n?", "", source, flags=re.M)).strip()
+
+
 def markdown_parts(cells):
     "The pieces of the README in order: (kind, content), with kind 'text', 'code', 'output' or 'image'"
     for i, c in enumerate(cells):
         source = text(c["source"])
         if c["cell_type"] == "markdown":
-            yield "text", re.sub(r"\]\((?:\d+\w*?_)?(\w+)\.ipynb(#[^)]*)?\)", rf"]({site}/\1.html\2)", source)
+            yield "text", without_fences(re.sub(r"\]\((?:\d+\w*?_)?(\w+)\.ipynb(#[^)]*)?\)", rf"]({site}/\1.html\2)", source))
             continue
         options = dict(re.findall(r"^#\|\s*([\w-]+):?\s*(.*)$", source, re.M))
         if "hide" in options or c["cell_type"] != "code": continue
@@ -33,6 +38,7 @@ def markdown_parts(cells):
                 alt = options.get("fig-alt", "").strip('"')
                 yield "image", (f"cell-{i+1}-output-{k}.png", text(data["image/png"]), alt)
             elif "text/markdown" in data: yield "text", text(data["text/markdown"])
+            elif "data-gini=" in text(data.get("text/html")): continue             # a figure to drag needs a script
             else: yield "output", (text(o.get("text")) or text(data.get("text/plain"))).rstrip()
 
 

@@ -1,46 +1,25 @@
 """The figures to drag, in a real Chromium: their numbers are the package's, and mouse, keyboard and touch move them.
 
-Skipped where there is no Chromium with its driver, or no selenium; GINI_LOSS_CHROMIUM and GINI_LOSS_CHROMEDRIVER name
-other places.
+Skipped where there is no Chromium with its driver, or no selenium.
 """
-import os
-import shutil
-
 import pytest
 import torch
 
 from gini_loss.losses import class_means, class_probs, feature_histogram, gini_impurity, gini_loss, kl_loss, label_histogram
 from gini_loss.widgets import figure_html, script_path
 
-CHROMIUM = os.environ.get("GINI_LOSS_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = os.environ.get("GINI_LOSS_CHROMEDRIVER") or shutil.which("chromedriver")
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <body style="margin:10px;font-family:sans-serif;{style}">{figures}</body></html>"""
 DARK = "background:#222;color:#f0f0f0"
 
 
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    if not CHROMIUM or not DRIVER: pytest.skip("no Chromium with its driver here (Debian: chromium and chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for switch in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"):
-        options.add_argument(switch)
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
-
-
 @pytest.fixture
-def show(browser, tmp_path):
+def show(browser, set_width, tmp_path):
     "Opens a page with figures; with a width in pixels, as a phone that has touch"
     def open_page(*names, style="", width=None):
         page = tmp_path / "page.html"
         page.write_text(PAGE.format(style=style, figures="\n".join(map(figure_html, names))), encoding="utf-8")
-        size = dict(width=width or 1000, height=900, deviceScaleFactor=1, mobile=width is not None)
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", dict(enabled=width is not None))
+        set_width(width or 1000)
         browser.get(page.as_uri())
         return browser
     return open_page
@@ -181,7 +160,7 @@ def test_touch_drags_an_activation_and_a_channel_on_a_phone(show):
 @pytest.mark.parametrize("width", [390, 1000])
 def test_figures_fit_a_page_and_stand_out_in_both_schemes(show, width):
     for style, ink in (("", "rgb(0, 0, 0)"), (DARK, "rgb(240, 240, 240)")):
-        browser = show("toy-batch", "triangle", style=style, width=width if width < 500 else None)
+        browser = show("toy-batch", "triangle", style=style, width=width)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
         assert browser.execute_script("return getComputedStyle(document.querySelector('.gini-widget svg text')).fontSize") == "14px"
         assert browser.execute_script("return getComputedStyle(document.querySelector('.gini-widget caption')).color") == ink

@@ -153,7 +153,7 @@ const numbers = {
 // ---------------------------------------------------------------- drawing
 
 const CLASS_COLORS = ["#8e5bb5", "#2a9d8f", "#c58a1a"]
-const GINI = "#1f77b4", KL = "#ff7f0e", BOTH = "#2ca02c"        // as in all figures of the package
+const GINI = "#1f77b4", KL = "#e06c00", BOTH = "#2ca02c"        // as in all figures of the package
 
 const STYLE = `
 .gini-widget { margin: 1rem 0; padding: .75rem; border: 1px solid color-mix(in srgb, currentColor 25%, transparent);

@@ -1,0 +1,33 @@
+"""A Chromium for the tests of the site, where there is one; GINI_LOSS_CHROMIUM and GINI_LOSS_CHROMEDRIVER name other places."""
+import os
+import shutil
+
+import pytest
+
+CHROMIUM = os.environ.get("GINI_LOSS_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = os.environ.get("GINI_LOSS_CHROMEDRIVER") or shutil.which("chromedriver")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    "A headless Chromium with its driver; skips where there is none"
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    if not CHROMIUM or not DRIVER: pytest.skip("no Chromium with its driver here (Debian: chromium and chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for switch in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"):
+        options.add_argument(switch)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def set_width(browser):
+    "Sets the width of the page; below 500 pixels as a phone that has touch"
+    def change(width):
+        phone = width < 500
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": phone}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": phone})
+    return change

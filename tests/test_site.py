@@ -1,0 +1,152 @@
+"What a visitor of the site relies on: the first screen, blocks that run as copied, and what page.html does in a real Chromium."
+import configparser
+import functools
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+if not (NBS / "index.ipynb").is_file(): pytest.skip("the notebooks are not here", allow_module_level=True)
+
+config = configparser.ConfigParser(delimiters=["="])
+config.read(ROOT / "settings.ini", encoding="utf-8")
+cfg = config["DEFAULT"]
+home = ["".join(c["source"]) for c in json.loads((NBS / "index.ipynb").read_text(encoding="utf-8"))["cells"]]
+TABS = dict(re.findall(r"^### ([^\n]+)\n(?:(?!^### ).)*?```python\n(.*?)```", "\n".join(home), re.M | re.S))
+
+
+def test_home_says_what_it_is_in_one_sentence_of_twenty_words():
+    sentence = re.search(r"^> (.+)", home[0], re.M).group(1)
+    assert len(sentence.split()) <= 20 and sentence.count(".") == 1
+
+
+def test_home_installs_from_the_index_and_from_the_repository():
+    text = "\n".join(home)
+    assert f"pip install '{cfg['lib_name']}[all]'" in text
+    assert f"git+https://github.com/{cfg['user']}/{cfg['repo']}" in text
+
+
+def test_home_has_a_block_for_each_kind_of_loop():
+    assert set(TABS) == {"PyTorch", "fastai", "Lightning", "Hugging Face"}
+
+
+@pytest.mark.parametrize("name, needs", [("PyTorch", "torch"), ("fastai", "fastai"), ("Lightning", "lightning"), ("Hugging Face", "transformers")])
+def test_a_block_of_home_runs_as_copied_and_makes_channels_purer(name, needs, tmp_path):
+    pytest.importorskip(needs)
+    after = """
+from gini_loss import FeatureTap, GiniKLLoss
+model.eval().cpu()
+with FeatureTap(model, "3") as tap, torch.no_grad():
+    hits = (model(x).argmax(1) == y).float().mean()
+    print("measured", float(hits), float(GiniKLLoss().terms(tap.pop(), y)[0]))
+"""
+    (tmp_path / "block.py").write_text(TABS[name] + after, encoding="utf-8")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "block.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    hits, gini = map(float, re.search(r"measured (\S+) (\S+)", done.stdout).groups())
+    assert hits > .95 and gini < .2                  # without the terms about 0.55
+
+
+def test_the_bar_of_the_site_has_the_version_and_the_changelog():
+    bar = (ROOT / "_quarto.yml").read_text(encoding="utf-8")
+    assert f'text: "{cfg["version"]}"' in bar and "CHANGELOG.md" in bar
+
+
+def test_the_themes_load_nothing_from_elsewhere():
+    for path in NBS.glob("*.scss"):
+        assert not re.search(r"@import|url\(|https?:", path.read_text(encoding="utf-8")), path.name
+    assert "$web-font-path: false" in (NBS / "theme.scss").read_text(encoding="utf-8")
+    assert "src=\"http" not in (NBS / "page.html").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------- page.html in a browser
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<style>main pre, main table {{ overflow-x: auto; display: block; }} main {{ max-width: 800px; }}</style>
+<body class="quarto-light"><div id="TOC"><ul><li><a href="#a" id="toc-a" class="nav-link">A</a></li><li><a href="#b">B</a></li>
+<li><a href="#c">C</a></li></ul></div><main><header id="title-block-header"><h1>Title</h1></header>
+<figure><img src="figure.png" alt="a figure"></figure><figure><img src="photo.png" alt="a photograph"></figure>
+<table><tr>{cells}</tr></table></main>{page}</body></html>"""
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args): pass
+
+
+@pytest.fixture
+def page(browser, set_width, tmp_path):
+    "A page as the site has it, with a plot, a photograph and a wide table, from a server on this machine"
+    Image = pytest.importorskip("PIL.Image")
+    plot = Image.new("RGB", (200, 100), "white")
+    plot.paste((0, 0, 0), (0, 0, 20, 100))                       # ink
+    plot.paste((68, 1, 84), (30, 0, 50, 100))                    # the dark end of a heat map
+    plot.paste((44, 160, 44), (60, 0, 80, 100))                  # the colour of a loss
+    plot.save(tmp_path / "figure.png")
+    Image.effect_noise((200, 100), 90).convert("RGB").save(tmp_path / "photo.png")
+    cells = "".join(f"<td>{'wide ' * 3}{k}</td>" for k in range(30))
+    (tmp_path / "page.html").write_text(PAGE.format(cells=cells, page=(NBS / "page.html").read_text(encoding="utf-8")), encoding="utf-8")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    set_width(1000)
+    browser.get(f"http://127.0.0.1:{server.server_port}/page.html")
+    yield browser
+    server.shutdown()
+
+
+PIXEL = """const image = document.querySelector(arguments[0]), done = arguments[arguments.length - 1]
+image.decode().then(() => {
+  const canvas = document.createElement("canvas"); canvas.width = 200; canvas.height = 100
+  const context = canvas.getContext("2d"); context.drawImage(image, 0, 0, 200, 100)
+  done(arguments[1].map(x => [...context.getImageData(x, 50, 1, 1).data].slice(0, 3)))
+})"""
+
+
+def pixels(browser, image, places): return browser.execute_async_script(PIXEL, f"img[alt='{image}']", places)
+
+
+def test_a_figure_follows_the_colour_scheme_and_keeps_its_colours(page):
+    places = [10, 40, 70, 150]                                   # ink, heat map, loss, ground
+    light = pixels(page, "a figure", places)
+    page.execute_script("document.body.className = 'quarto-dark'")
+    ink, heat, loss, ground = pixels(page, "a figure", places)
+    assert ink == [255, 255, 255] and ground == [34, 34, 34] and heat == [68, 1, 84] and loss == [44, 160, 44]
+    page.execute_script("document.body.className = 'quarto-light'")
+    assert pixels(page, "a figure", places) == light
+
+
+def test_a_photograph_stays_as_it_is(page):
+    before = pixels(page, "a photograph", [10, 90])
+    page.execute_script("document.body.className = 'quarto-dark'")
+    assert pixels(page, "a photograph", [10, 90]) == before
+
+
+def test_a_page_has_its_contents_under_the_title(page):
+    box = page.find_element("css selector", "header + details.contents")
+    assert box.find_element("tag name", "summary").text == "On this page"
+    assert [a.get_attribute("href").split("#")[1] for a in box.find_elements("tag name", "a")] == ["a", "b", "c"]
+    assert not box.find_elements("css selector", "[id]")         # a second element with the same id would break links
+
+
+def test_a_wide_table_says_that_it_scrolls_and_takes_the_keyboard(page):
+    table = page.find_element("tag name", "table")
+    page.execute_script("fit()")
+    assert table.get_attribute("tabindex") == "0"
+    assert "scrolls sideways" in page.find_element("css selector", "table + .scrolls-hint").text
+
+
+def test_a_figure_enlarges_and_closes_with_the_keyboard(page):
+    page.find_element("css selector", "img[alt='a figure']").send_keys("\ue007")
+    dialog = page.find_element("css selector", "dialog.enlarged[open]")
+    assert dialog.get_attribute("aria-label") == "a figure"
+    page.switch_to.active_element.send_keys("\ue00c")
+    page.execute_script("document.querySelector('dialog')?.close()")
+    assert not page.find_elements("css selector", "dialog[open]")
