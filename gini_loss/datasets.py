@@ -45,7 +45,7 @@ def _largest_value(image):
         return 2**bits - 1
     if image.mode == 'I':
         if image.format in ('PNG', 'PPM'): return 2**16 - 1  # what 16 bits become in these two formats
-        raise ValueError("grey values of mode I (32-bit integers) have no known range; save the image with 8 or 16 bits")
+        raise ValueError("grey values of mode I (32-bit integers) have no known range; save them with 8 or 16 bits")
     return None
 
 def _eight_bits(image, largest):
@@ -362,8 +362,8 @@ def split_train_valid(
 # %% ../nbs/20_datasets.ipynb #b0be3124
 # Category, the same name in both sets: (CIFAR-100's label, images in Caltech 101)
 CALTECH12 = dict(
-    beaver=(4, 46), butterfly=(14, 91), chair=(20, 62), crab=(26, 73), crocodile=(27, 50), cup=(28, 57), dolphin=(30, 65),
-    elephant=(31, 64), kangaroo=(38, 86), lamp=(40, 61), lobster=(45, 41), sunflower=(82, 85))
+    beaver=(4, 46), butterfly=(14, 91), chair=(20, 62), crab=(26, 73), crocodile=(27, 50), cup=(28, 57),
+    dolphin=(30, 65), elephant=(31, 64), kangaroo=(38, 86), lamp=(40, 61), lobster=(45, 41), sunflower=(82, 85))
 
 def load_caltech12(
     root: str | Path | None = None, # Folder that holds caltech101/101_ObjectCategories; None: fastai's data folder
@@ -445,7 +445,7 @@ def find_images(
 def class_folders(
     path: str | Path # Folder with one subfolder of images per class
 ) -> list[Path]:
-    "The folder of each class, sorted by name. FileNotFoundError, NotADirectoryError; ValueError for splits or one class"
+    "The folder of each class, sorted by name. FileNotFoundError, NotADirectoryError; ValueError for splits, one class"
     path = _given_path(path, 'the images')
     expected = "expected a folder with a subfolder of images per class"
     if not path.exists(): raise FileNotFoundError(f"no folder {path}: {expected}")
@@ -464,15 +464,15 @@ def class_folders(
 _SPLIT_NAMES = {'train', 'training', 'test', 'testing', 'val', 'valid', 'validation', 'dev'}
 
 def _check_no_splits(path, folders):
-    "ValueError if some of the folders are splits: no images of their own, but the same subfolders, or the name of a split"
+    "ValueError if some of the folders are splits: no images of their own, but equal subfolders or the name of a split"
     inside = {o.name: _listing(o) for o in folders}
     below = {name: {o.name for o in subfolders} for name, (subfolders, images) in inside.items() if not images}
     alike = [o for o in permutations(below, 2) if len(below[o[0]]) > 1 and below[o[0]] <= below[o[1]]]
     splits = sorted({name for pair in alike for name in pair} | {o for o in below if o.lower() in _SPLIT_NAMES})
     if splits:
         shared = ', '.join(sorted(set.intersection(*(below[o] for o in splits)))[:3])
-        raise ValueError(f"{path} holds splits, not classes: {', '.join(splits)} with {shared or 'nothing'} inside, and no images "
-                         f"of their own; give one of them instead, such as {path/splits[-1]}")
+        raise ValueError(f"{path} holds splits, not classes: {', '.join(splits)} with {shared or 'nothing'} inside, and no "
+                         f"images of their own; give one of them instead, such as {path/splits[-1]}")
 
 # %% ../nbs/20_datasets.ipynb #c9484dfc
 FolderSet = namedtuple('FolderSet', 'images labels classes')
@@ -485,7 +485,7 @@ def load_folder(
     seed: int = 0, # Of the draw
     classes: Sequence[str] | None = None # Names of the classes to read; None: all
 ) -> FolderSet:
-    "Images in class folders, by class and file name. FileNotFoundError, NotADirectoryError, ValueError for what is wrong"
+    "Images in class folders, by class and file name. FileNotFoundError, NotADirectoryError, ValueError for bad ones"
     seed = check_seed(seed)
     _check_size(size)
     if max_per_class is not None and max_per_class < 1:
@@ -513,7 +513,7 @@ def select_classes(
     per_class: int | None = None, # Images to keep of each, drawn by `seed`; None: all
     seed: int = 0 # Of the draw
 ) -> ImageSet:
-    "The images of some classes, relabelled 0..k-1, in their old order. ValueError for a class absent, repeated or small"
+    "The images of some classes, relabelled 0..k-1, in old order. ValueError for a class absent, repeated or small"
     labels, classes, seed = check_labels(labels).cpu(), [int(o) for o in classes], check_seed(seed)
     _check_same_length(images, labels)
     if not classes or len(set(classes)) < len(classes):

@@ -158,7 +158,7 @@ class DeviceLoader(DataLoader):
         padding: int = 4, # Black pixels around an image, in which its crop is drawn; 0: no crop
         flip: float = 0.5, # Probability of a horizontal flip
         rotation: float = 0., # Angles are drawn from ±`rotation` degrees
-        normalize: bool | tuple = True, # By the mean and deviation of these images; (mean, std): by these; False: not at all
+        normalize: bool | tuple = True, # By these images' own mean and deviation; or (mean, std); or not at all
         mean: Sequence[float] | None = None, # Old form of `normalize=(mean, std)`
         std: Sequence[float] | None = None, # Old form of `normalize=(mean, std)`
         dtype: torch.dtype = torch.float32, # Floating-point type of the batches
@@ -212,7 +212,7 @@ class DeviceLoader(DataLoader):
         return torch.randperm(self.n, generator=seeded_generator(self.seed, epoch, 0))
 
     def draws(self, epoch: int) -> list[torch.Tensor]:
-        "Each image's own first row, first column, flip and angle in an epoch; drawn on the CPU, the same for every device"
+        "Each image's own first row, first column, flip and angle in an epoch, the same for every device"
         n = len(self.dataset)
         offsets, flips, degrees = (seeded_generator(self.seed, epoch, i) for i in (1, 2, 3))
         top, left = torch.randint(0, 2*self.padding + 1, (2, n), generator=offsets)
@@ -293,8 +293,8 @@ class DeviceLoader(DataLoader):
         if dataset is None: dataset = self.dataset
         elif not isinstance(dataset, ImageDataset):
             dataset = ImageDataset(torch.stack([self._as_image(o) for o in dataset]), vocab=self.dataset.vocab)
-        names = ('bs', 'shuffle', 'drop_last', 'seed', 'augment', 'padding', 'flip', 'rotation', 'dtype', 'channels_last',
-                 'device', 'shard')
+        names = ('bs', 'shuffle', 'drop_last', 'seed', 'augment', 'padding', 'flip', 'rotation', 'dtype',
+                 'channels_last', 'device', 'shard')
         settings = {k: getattr(self, k) for k in names}
         settings['normalize'] = (self.mean, self.std) if self.normalize else False
         if self.fixed_order is not None and dataset is self.dataset: settings['get_idxs'] = self.fixed_order.tolist
@@ -372,7 +372,7 @@ def device_dls(
     device: str | torch.device | None = None, # None: fastai's default device
     drop_last: bool = True, # Leave out a last training batch that is not full
     augment: bool = True, # Augment the training images
-    normalize: bool | tuple = True, # By the training images' mean and deviation; (mean, std): by these; False: not at all
+    normalize: bool | tuple = True, # By the training images' mean and deviation; or (mean, std); or not at all
     **kwargs: Any # Further arguments of each `DeviceLoader`
 ) -> DeviceLoaders:
     "fastai `DataLoaders` of `DeviceLoader`s: the first to train, the second to validate"
@@ -394,7 +394,7 @@ def cifar100_dls(
     device: str | torch.device | None = None, # None: fastai's default device
     split_seed: int | None = None, # Of the split alone; None: `seed`
     per_class: int = 40, # Validation images of each class
-    normalize: bool | tuple = True, # By CIFAR-100's mean and deviation; (mean, std): by these; False: not at all
+    normalize: bool | tuple = True, # By CIFAR-100's mean and deviation; or (mean, std); or not at all
     **kwargs: Any # Further arguments of `device_dls`
 ) -> DeviceLoaders:
     "fastai `DataLoaders` of CIFAR-100: `.train`, augmented; `.valid`, without copies of training images; `.test`"

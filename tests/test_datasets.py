@@ -1,4 +1,4 @@
-"The data sets: reading any image, the cache, folders of classes, the split; on tiny folders, and the real sets where present"
+"The data sets: reading any image, the cache, folders of classes, the split; the real sets where they are present"
 import io
 import os
 import random
@@ -22,7 +22,8 @@ import importlib
 from fastai.data.external import URLs, fastai_path
 
 from gini_loss import datasets
-from gini_loss.datasets import (CALTECH12, class_folders, find_duplicates, find_images, load_caltech12, load_cifar100, load_folder,
+from gini_loss.datasets import (CALTECH12, class_folders, find_duplicates, find_images, load_caltech12,
+    load_cifar100, load_folder,
     pack_arrays, read_images, select_classes, split_train_valid, to_rgb, unpack_arrays)
 
 has_cifar = (fastai_path('data')/'cifar100'/'train').is_dir()
@@ -61,21 +62,26 @@ def test_every_mode_of_pillow_is_scaled_by_its_range_or_refused_by_name():
     grey, refused = Image.new('L', (2, 2), 200), []
     for mode in Image.MODES:
         if mode == 'F': image = Image.fromarray(np.full((2, 2), 200/255, np.float32))
-        elif mode.startswith('I;16'): image = Image.frombytes(mode, (2, 2), struct.pack(('>' if mode == 'I;16B' else '<') + '4H', *[200*257]*4))
+        elif mode.startswith('I;16'):
+            image = Image.frombytes(mode, (2, 2), struct.pack(('>' if mode == 'I;16B' else '<') + '4H', *[200*257]*4))
         elif mode in ('La', 'PA', 'RGBa'): image = grey.convert(dict(La='LA', PA='LA', RGBa='RGBA')[mode]).convert(mode)
         elif mode in ('HSV', 'LAB'): image = Image.new(mode, (2, 2), (0, 0, 200) if mode == 'HSV' else (200, 128, 128))
         else: image = grey.convert(mode)
         assert image.mode == mode
         try: pixel = to_rgb(image).getpixel((0, 0))
         except ValueError as e: refused.append(mode); assert mode in str(e)
-        else: assert max(abs(o - {'1': 255, 'LAB': 194}.get(mode, 200)) for o in pixel) <= 1, (mode, pixel)  # L* 78 is 194 in sRGB
+        else:
+            expected = {'1': 255, 'LAB': 194}.get(mode, 200)  # L* 78 is 194 in sRGB
+            assert max(abs(o - expected) for o in pixel) <= 1, (mode, pixel)
     assert set(refused) <= {'I', 'La', 'LAB'}
 
 def test_sixteen_bits_and_floats_from_files(tmp_path):
     "1000 of 65535 is 1.5 % of white: 4 of 255"
-    deep, floats = Image.fromarray(np.full((2, 2), 1000, np.uint16)), Image.fromarray(np.full((2, 2), 1000/65535, np.float32))
+    deep = Image.fromarray(np.full((2, 2), 1000, np.uint16))
+    floats = Image.fromarray(np.full((2, 2), 1000/65535, np.float32))
     pgm = b'P5 2 2 65535\n' + struct.pack('>4H', *[1000]*4)
-    for name, save in (('a.png', deep.save), ('a.tif', deep.save), ('b.tif', floats.save), ('a.pgm', lambda p: p.write_bytes(pgm))):
+    for name, save in (('a.png', deep.save), ('a.tif', deep.save), ('b.tif', floats.save),
+                       ('a.pgm', lambda p: p.write_bytes(pgm))):
         assert grey_file(tmp_path, name, save).tolist() == [[[4]*2]*2]*3, name
 
 def test_twelve_bits_from_a_tiff(tmp_path):
@@ -94,7 +100,8 @@ def test_values_of_an_unknown_range_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match='int.tif.*mode I'): read_images([tmp_path/'int.tif'], 2)
 
 @pytest.mark.parametrize('mode, colour, expected', [
-    ('RGBA', (255, 0, 0, 0), (255, 255, 255)), ('RGBA', (255, 0, 0, 255), (255, 0, 0)), ('RGBA', (0, 0, 0, 128), (127, 127, 127)),
+    ('RGBA', (255, 0, 0, 0), (255, 255, 255)), ('RGBA', (255, 0, 0, 255), (255, 0, 0)),
+    ('RGBA', (0, 0, 0, 128), (127, 127, 127)),
     ('LA', (0, 0), (255, 255, 255)), ('LA', (9, 255), (9, 9, 9))])
 def test_transparency_is_laid_on_white(tmp_path, mode, colour, expected):
     pixel = grey_file(tmp_path, 'a.png', Image.new(mode, (2, 2), colour).save)[:, 0, 0]
@@ -115,17 +122,21 @@ def test_images_are_turned_upright(tmp_path, name, mode):
     if mode == 'I;16' and name == 'a.webp': pytest.skip('no such file')
     pixels = np.arange(0, 64, 4, dtype=np.uint8).reshape(4, 4)
     image = Image.fromarray(pixels).convert('RGB') if mode == 'RGB' else Image.fromarray(pixels.astype(np.uint16)*257)
-    for orientation, expected in ((1, pixels), (3, np.rot90(pixels, 2)), (6, np.rot90(pixels, -1)), (8, np.rot90(pixels)), (2, pixels[:, ::-1])):
+    for orientation, expected in ((1, pixels), (3, np.rot90(pixels, 2)), (6, np.rot90(pixels, -1)),
+                                  (8, np.rot90(pixels)), (2, pixels[:, ::-1])):
         exif = Image.Exif()
         exif[274] = orientation
         image.save(tmp_path/name, exif=exif, **(dict(lossless=True) if name == 'a.webp' else {}))
         assert (read_images([tmp_path/name], 4)[0, 0] == expected).all(), orientation
 
-@pytest.mark.parametrize('error', [RuntimeError('boom'), MemoryError(), RecursionError('deep'), SystemExit(3), KeyError('x'), struct.error('cut')])
+@pytest.mark.parametrize('error',
+                         [RuntimeError('boom'), MemoryError(), RecursionError('deep'), SystemExit(3), KeyError('x'),
+                          struct.error('cut')])
 def test_whatever_a_decoder_raises_becomes_an_error_with_the_name(tmp_path, monkeypatch, error):
     def fail(file): raise error
     monkeypatch.setattr(Image, 'open', fail)
-    with pytest.raises(ValueError, match=f'1 of 1 images .*odd.png .{type(error).__name__}'): read_images([tmp_path/'odd.png'], 8)
+    with pytest.raises(ValueError, match=f'1 of 1 images .*odd.png .{type(error).__name__}'):
+        read_images([tmp_path/'odd.png'], 8)
 
 def test_resizing_averages(tmp_path):
     "A fine checkerboard shrinks to grey; without antialiasing it would stay black or white."
@@ -172,11 +183,13 @@ def test_a_choice_of_classes_needs_their_folders_alone(tmp_path):
         for o in (tmp_path/split/'fish'/'shark').iterdir(): o.unlink()
         (tmp_path/split/'fish'/'shark').rmdir()
     some = load_cifar100(tmp_path, classes=['ray', 'birch'])
-    assert some.classes == ['birch', 'ray'] and some.superclasses == ['fish', 'trees'] and some.superclass_of.tolist() == [1, 0]
+    assert some.classes == ['birch', 'ray'] and some.superclasses == ['fish', 'trees']
+    assert some.superclass_of.tolist() == [1, 0]
     assert some.train.labels.bincount().tolist() == [6, 6] and some.test.labels.bincount().tolist() == [2, 2]
     for k, old in enumerate((0, 2)):
         assert torch.equal(some.train.images[some.train.labels == k], whole.train.images[whole.train.labels == old])
-    assert torch.equal(some.train.images, load_cifar100(tmp_path, classes=('birch', 'ray')).train.images)  # from its cache
+    again = load_cifar100(tmp_path, classes=('birch', 'ray'))  # from its cache
+    assert torch.equal(some.train.images, again.train.images)
     with pytest.raises(ValueError, match="no class 'birhc'.*did you mean 'birch'"): load_cifar100(tmp_path, ['birhc'])
     with pytest.raises(ValueError, match='different'): load_cifar100(tmp_path, ['ray', 'ray'])
     with pytest.raises(TypeError, match='sequence of names'): load_cifar100(tmp_path, 'ray')
@@ -193,16 +206,20 @@ def test_a_failed_download_says_from_where_to_where_and_how_by_hand(tmp_path, mo
     def fail(*args, **kwargs): raise urllib.error.URLError('no network')
     monkeypatch.setattr(datasets, 'untar_data', fail)
     with pytest.raises(FileNotFoundError) as e: load_cifar100()
-    for part in (URLs.CIFAR_100, str(fastai_path('data')/'cifar100'), 'no network', 'by hand', 'root'): assert part in str(e.value)
+    for part in (URLs.CIFAR_100, str(fastai_path('data')/'cifar100'), 'no network', 'by hand', 'root'):
+        assert part in str(e.value)
     torchvision = pytest.importorskip('torchvision.datasets')
     monkeypatch.setattr(importlib.metadata, 'version', lambda name: '0.24.0')
     monkeypatch.setattr(torchvision, 'Caltech101', fail)
     with pytest.raises(FileNotFoundError) as e: load_caltech12(tmp_path, download=True)
-    for part in ('https://data.caltech.edu', str(tmp_path/'caltech101'/'101_ObjectCategories'), 'no network', 'by hand'): assert part in str(e.value)
+    for part in ('https://data.caltech.edu', str(tmp_path/'caltech101'/'101_ObjectCategories'), 'no network',
+                 'by hand'):
+        assert part in str(e.value)
 
 def test_an_old_torchvision_is_not_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.metadata, 'version', lambda name: '0.23.1+cpu')
-    with pytest.raises(FileNotFoundError, match=r'0\.23\.1\+cpu.*0\.24 has the new one.*by hand'): load_caltech12(tmp_path, download=True)
+    with pytest.raises(FileNotFoundError, match=r'0\.23\.1\+cpu.*0\.24 has the new one.*by hand'):
+        load_caltech12(tmp_path, download=True)
     assert not list(tmp_path.iterdir())
 
 # ---------------------------------------------------------------- cache
@@ -229,7 +246,8 @@ def test_every_single_bit_of_a_cache_is_noticed():
     arrays = dict(stamp=np.array('x'), images=images.numpy(), labels=labels.numpy())
     raw = bytearray(pack_arrays(**arrays))
     whole = unpack_arrays(raw)
-    assert set(whole) == set(arrays) and all((whole[k] == arrays[k]).all() and whole[k].dtype == arrays[k].dtype for k in arrays)
+    assert set(whole) == set(arrays)
+    assert all((whole[k] == arrays[k]).all() and whole[k].dtype == arrays[k].dtype for k in arrays)
     for bit in range(8*len(raw)):
         raw[bit // 8] ^= 1 << bit % 8
         with pytest.raises(ValueError, match='does not match its digest'): unpack_arrays(raw)
@@ -244,7 +262,8 @@ def test_damaged_bits_anywhere_rebuild_the_cache(tmp_path, reads):
         damaged, n = bytearray(raw), len(reads)
         damaged[bit // 8] ^= 1 << bit % 8
         cache.write_bytes(damaged)
-        with pytest.warns(UserWarning, match='cannot be used.*does not match its digest'): second = load_cifar100(tmp_path)
+        with pytest.warns(UserWarning, match='cannot be used.*does not match its digest'):
+            second = load_cifar100(tmp_path)
         assert len(reads) == n + 2 and torch.equal(first.train.images, second.train.images)
         assert cache.read_bytes() == raw
 
@@ -306,7 +325,8 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path):
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
     make_cifar(tmp_path)
-    script = f"import os; os.replace = lambda *a: os._exit(9)\nfrom gini_loss.datasets import load_cifar100; load_cifar100({str(tmp_path)!r})"
+    script = ("import os; os.replace = lambda *a: os._exit(9)\n"
+              f"from gini_loss.datasets import load_cifar100; load_cifar100({str(tmp_path)!r})")
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', script])
     assert done.returncode == 9 and [o.suffix for o in tmp_path.iterdir() if o.is_file()] == ['.tmp']
     load_cifar100(tmp_path)
@@ -324,9 +344,11 @@ def test_split_counts_and_purity():
     torch.manual_seed(5); np.random.seed(5); random.seed(5)
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     assert torch.equal(split_train_valid(labels)[1], valid)
-    assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all() and random.getstate() == states[2]
+    assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
+    assert random.getstate() == states[2]
     assert not torch.equal(split_train_valid(labels, seed=1)[1], valid)
-    assert torch.equal(split_train_valid(labels.tolist())[1], valid) and torch.equal(split_train_valid(labels.numpy())[1], valid)
+    assert torch.equal(split_train_valid(labels.tolist())[1], valid)
+    assert torch.equal(split_train_valid(labels.numpy())[1], valid)
 
 def test_split_does_not_depend_on_how_classes_are_interleaved():
     labels = torch.arange(5).repeat_interleave(30)
@@ -345,7 +367,8 @@ def test_split_keeps_copies_in_training():
         return len(find_duplicates(images[valid], images[train]))
     assert sum(leaks(seed) for seed in range(10)) > 0
     assert sum(leaks(seed, images=images) for seed in range(10)) == 0
-    with pytest.raises(ValueError, match='class 0 has 20 images, 0 of them'): split_train_valid(labels, per_class=4, images=torch.zeros_like(images))
+    with pytest.raises(ValueError, match='class 0 has 20 images, 0 of them'):
+        split_train_valid(labels, per_class=4, images=torch.zeros_like(images))
 
 def test_split_errors():
     with pytest.raises(ValueError, match='class 1 has 3'): split_train_valid([0]*10 + [1]*3, per_class=3)
@@ -354,7 +377,8 @@ def test_split_errors():
     with pytest.raises(ValueError, match='one dimension'): split_train_valid(torch.zeros(3, 2, dtype=torch.int64))
     with pytest.raises(TypeError, match='seed'): split_train_valid([0, 1], seed=.5)
     with pytest.raises(ValueError, match='seed'): split_train_valid([0, 1], seed=-1)
-    with pytest.raises(ValueError, match='3 images but 4 labels'): split_train_valid([0]*4, 1, images=torch.zeros(3, 3, 2, 2, dtype=torch.uint8))
+    with pytest.raises(ValueError, match='3 images but 4 labels'):
+        split_train_valid([0]*4, 1, images=torch.zeros(3, 3, 2, 2, dtype=torch.uint8))
 
 def test_find_duplicates():
     images, _ = make_set(20)
@@ -400,7 +424,8 @@ def test_caltech_errors(caltech, tmp_path):
     kept = last.read_bytes()
     last.unlink()
     try:
-        with pytest.raises(ValueError, match='expected 781 .* found 780 .*lobster: 40 instead of 41'): load_caltech12(caltech)
+        with pytest.raises(ValueError, match='expected 781 .* found 780 .*lobster: 40 instead of 41'):
+            load_caltech12(caltech)
     finally: last.write_bytes(kept)
 
 # ---------------------------------------------------------------- any folder, any classes
@@ -435,22 +460,26 @@ def make_folders(root, *names):
 @pytest.mark.parametrize('splits', [('training', 'testing'), ('A', 'B', 'C'), ('2019', '2020')])
 def test_splits_are_recognised_by_structure(tmp_path, splits):
     make_folders(tmp_path, *[f'{s}/{c}/0.png' for s in splits for c in ('cat', 'dog')])
-    with pytest.raises(ValueError, match=f'holds splits, not classes: .*{splits[0]}.*cat, dog.*give one of them instead'): load_folder(tmp_path, 4)
+    with pytest.raises(ValueError,
+                       match=f'holds splits, not classes: .*{splits[0]}.*cat, dog.*give one of them instead'):
+        load_folder(tmp_path, 4)
     assert load_folder(tmp_path/splits[0], 4).classes == ['cat', 'dog']
 
 def test_splits_of_which_one_lacks_a_class_or_has_no_classes(tmp_path):
-    make_folders(tmp_path, *[f'{s}/{c}/0.png' for s in ('fit', 'check') for c in ('cat', 'dog')], 'fit/owl/0.png', 'unlabelled/0.png')
+    make_folders(tmp_path, *[f'{s}/{c}/0.png' for s in ('fit', 'check') for c in ('cat', 'dog')], 'fit/owl/0.png',
+                 'unlabelled/0.png')
     with pytest.raises(ValueError, match='not classes: check, fit with cat, dog inside'): load_folder(tmp_path, 4)
 
 def test_a_lone_split_is_recognised_by_its_name_and_its_lack_of_images(tmp_path):
     make_folders(tmp_path, 'train/cat/0.png', 'train/dog/0.png', 'unlabelled/0.png')
-    with pytest.raises(ValueError, match='not classes: train with cat, dog inside.*such as .*train'): load_folder(tmp_path, 4)
+    with pytest.raises(ValueError, match='not classes: train with cat, dog inside.*such as .*train'):
+        load_folder(tmp_path, 4)
 
 @pytest.mark.parametrize('files', [
     ('train/1.png', 'test/1.png'),                                                # classes that are called like splits
     ('fish/ray/1.png', 'fish/cod/1.png', 'tree/oak/1.png', 'tree/fir/1.png'),     # superclasses
     ('a/images/1.png', 'b/images/1.png'),                                         # one subfolder each, of one name
-    ('a/x/1.png', 'a/y/1.png', 'a/1.png', 'b/x/1.png', 'b/y/1.png', 'b/1.png')])  # images of their own beside subfolders
+    ('a/x/1.png', 'a/y/1.png', 'a/1.png', 'b/x/1.png', 'b/y/1.png', 'b/1.png')])  # images beside subfolders
 def test_what_are_classes_is_not_taken_for_splits(tmp_path, files):
     assert len(load_folder(make_folders(tmp_path, *files), 4).labels) == len(files)
 
@@ -498,7 +527,8 @@ def test_select_classes():
         j = (images == small.images[i]).flatten(1).all(1).nonzero().item()
         assert labels[j] == [3, 1][small.labels[i]]
     few = select_classes(images, labels, [3, 1], per_class=4, seed=1)
-    assert few.labels.bincount().tolist() == [4, 4] and torch.equal(few.images, select_classes(images, labels, [3, 1], 4, seed=1).images)
+    assert few.labels.bincount().tolist() == [4, 4]
+    assert torch.equal(few.images, select_classes(images, labels, [3, 1], 4, seed=1).images)
     with pytest.raises(ValueError, match='class 9 has 0'): select_classes(images, labels, [9])
     with pytest.raises(ValueError, match='class 3 has 12 images, 13'): select_classes(images, labels, [3], per_class=13)
     with pytest.raises(ValueError, match='different'): select_classes(images, labels, [3, 3])
@@ -510,10 +540,12 @@ def test_real_cifar():
     data = load_cifar100()
     assert data.train.images.shape == (50_000, 3, 32, 32) and data.test.images.shape == (10_000, 3, 32, 32)
     assert data.train.labels.bincount().tolist() == [500]*100 and data.test.labels.bincount().tolist() == [100]*100
-    assert data.classes == sorted(data.classes) and len(data.superclasses) == 20 and data.superclass_of.bincount().tolist() == [5]*20
+    assert data.classes == sorted(data.classes) and len(data.superclasses) == 20
+    assert data.superclass_of.bincount().tolist() == [5]*20
     assert data.superclasses[data.superclass_of[data.classes.index('beaver')]] == 'aquatic_mammals'
     for name, (label, _) in CALTECH12.items(): assert data.classes[label] == name
-    assert (len(find_duplicates(data.train)), len(find_duplicates(data.test)), len(find_duplicates(data.train, data.test))) == (14, 2, 10)
+    assert (len(find_duplicates(data.train)), len(find_duplicates(data.test)),
+            len(find_duplicates(data.train, data.test))) == (14, 2, 10)
 
 @needs_caltech
 def test_real_caltech():
