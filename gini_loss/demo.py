@@ -239,7 +239,7 @@ class Demo:
         from gini_loss.loader import device_dls
         digits, size = self.settings['data'] == 'digits', self.data.train[0].shape[-1]
         return device_dls(self.data.train, self.data.test, classes=self.data.classes, bs=self.settings['batch_size'], val_bs=500, seed=seed,
-            device=self.settings['device'], mean=self.mean, std=self.std, padding=max(1, size//8), flip=0. if digits else .5) # a mirrored 3 is no digit
+            device=self.settings['device'], normalize=(self.mean, self.std), padding=max(1, size//8), flip=0. if digits else .5) # a mirrored 3 is no digit
 
     def model(self, seed: int) -> torch.nn.Module:
         "A small residual network whose weights depend on `seed` alone"
