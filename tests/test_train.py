@@ -254,8 +254,9 @@ def test_resumed_on_a_gpu(tmp_path, monkeypatch):
         def before_epoch(self):
             if self.learn.epoch == 1 and self.learn.first_epoch == 0: self._stop()
             super().before_epoch()
-    monkeypatch.setattr(engine, 'Deadline', Stop)
-    assert run(c, tmp_path, device='cuda') is None
+    with monkeypatch.context() as m:
+        m.setattr(engine, 'Deadline', Stop)
+        assert run(c, tmp_path, device='cuda') is None
     step = torch.optim.Adam.step
     def watched(self, *args):
         torch.cuda.set_sync_debug_mode('error')
