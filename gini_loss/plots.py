@@ -201,8 +201,8 @@ def plot_histograms(
     _check_classes(classes, n)
     ax = _axes(ax, figsize=(4.8, 3.4))
     shown = _bars(ax, named, n, classes) if n <= 20 else _curves(ax, named)
-    ax.set_ylabel("share")
-    _legend(ax, shown, loc='lower center', bbox_to_anchor=(.5, 1), ncols=min(3, len(shown)))
+    ax.set(ylabel="share", ylim=(0, ax.get_ylim()[1]*(1 + .12*len(shown))))     # room for the legend above the bars
+    _legend(ax, shown, loc='upper left')
     return ax
 
 def _bars(ax, named, n, classes):

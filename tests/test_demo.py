@@ -1,12 +1,13 @@
 "The command gini_demo, end to end: results, files, messages, exit codes"
-import signal, subprocess, sys, time
+import os, signal, struct, subprocess, sys, time, zlib
 import numpy as np
 import pytest, torch
 for name in ('fastai', 'sklearn', 'matplotlib', 'pandas'): pytest.importorskip(name, reason=f"the demonstration needs {name}")
 import pandas as pd
 from PIL import Image
 from gini_loss import demo
-from gini_loss.demo import Demo, compare_paired, demo_data, demo_report, main, plot_demo, run_demo
+from gini_loss.demo import Demo, SaveStopped, demo_data, demo_report, main, plot_demo, run_demo, save_demo
+from gini_loss.models import load_network
 
 TINY = dict(quick=True, width=2, device='cpu')
 ARGS = '--quick --width 2 --device cpu'.split()
@@ -45,7 +46,8 @@ def test_command_writes_report_tables_and_figure(tmp_path, monkeypatch, capsys):
     assert out.isascii()
     assert out.rstrip().endswith('gini_demo_out')
     folder = tmp_path/'gini_demo_out'
-    assert sorted(o.name for o in folder.iterdir()) == ['figure.png', 'history.csv', 'report.txt', 'summary.csv']
+    networks = ['network-both-s0.safetensors', 'network-ce-s0.safetensors']
+    assert sorted(o.name for o in folder.iterdir()) == ['figure.png', 'history.csv', *networks, 'report.txt', 'summary.csv']
     summary, history = pd.read_csv(folder/'summary.csv'), pd.read_csv(folder/'history.csv')
     assert list(summary.loss) == ['ce', 'both']
     assert len(history) == 4 and history.notna().all().all()
@@ -106,7 +108,7 @@ def test_weights_zero_make_both_identical():
     for frame in (r.summary, r.history):
         a, b = (frame[frame.loss == k].drop(columns=['loss', 'seconds'], errors='ignore').reset_index(drop=True) for k in ('ce', 'both'))
         pd.testing.assert_frame_equal(a, b, check_exact=True)
-    assert r.comparisons[0].difference == 0 and r.comparisons[0].p_value == 1
+    assert r.comparisons[0].difference == 0 and r.comparisons[0].p == 1
     assert 'indistinguishable' in demo_report(r)
 
 def test_only_one_term_is_named():
@@ -169,26 +171,28 @@ def test_cifar100():
     assert d.classes == ['wolf', 'apple'] and d.train[0].shape == (60, 3, 32, 32) and 190 <= len(d.test[1]) <= 200
     with pytest.raises(ValueError, match="did you mean 'wolf'"): demo_data('cifar100', classes=['wolv', 'apple'])
 
-# --- statistics
+def test_the_second_minus_the_first(tiny):
+    c, (ce, both) = tiny.comparisons[0], tiny.summary.accuracy
+    assert c.n == 360 and (c.only_ours - c.only_baseline)/360 == pytest.approx(both - ce)
 
-def test_compare_paired_against_the_binomial_by_hand():
-    first, second = torch.zeros(100, dtype=torch.bool), torch.zeros(100, dtype=torch.bool)
-    second[:8], first[8:10], first[50:], second[50:] = True, True, True, True
-    c = compare_paired(first, second)
-    assert (c.gained, c.lost, c.difference) == (8, 2, 6)
-    assert c.p_value == pytest.approx(2*(1 + 10 + 45) / 2**10)
-    assert c.low < 6 < c.high
-    back = compare_paired(second, first)
-    assert (back.difference, back.low, back.high) == (-6, pytest.approx(-c.high), pytest.approx(-c.low))
+# --- the trained networks are kept
 
-def test_interval_holds_the_truth_about_as_often_as_it_says():
-    rng, hits = np.random.default_rng(0), 0
-    for _ in range(400):
-        u = rng.random(300)
-        first, second = torch.from_numpy((u < .9) | (u > .97)), torch.from_numpy(u < .95)   # truth: 95 - 93 = 2 points
-        c = compare_paired(first, second)
-        hits += c.low <= 2 <= c.high
-    assert .92 <= hits / 400 <= .985
+def test_networks_are_kept_and_give_the_summary_again(tiny, tmp_path):
+    save_demo(tiny, tmp_path)
+    d = Demo(**TINY)
+    for row in tiny.summary.itertuples():
+        saved = load_network(tmp_path/f'network-{row.loss}-s{row.seed}.safetensors')
+        assert saved.classes == d.data.classes and not saved.model.training
+        assert saved.config['loss'] == row.loss and saved.config['mean'] == d.settings['mean']
+        images, labels = d.data.test
+        c = saved.config
+        mean, std = (torch.tensor(c[k]).view(-1, 1, 1) for k in ('mean', 'std'))
+        with torch.no_grad(): right = saved.model((images/255 - mean)/std).argmax(1) == labels
+        assert right.float().mean().item() == pytest.approx(row.accuracy, abs=1/360 + 1e-6)
+
+def test_networks_can_be_left_out(tmp_path):
+    assert main([*ARGS, '--no-networks', '--out', str(tmp_path/'out')]) == 0
+    assert sorted(o.name for o in (tmp_path/'out').iterdir()) == ['figure.png', 'history.csv', 'report.txt', 'summary.csv']
 
 # --- what is wrong is said before any training
 
@@ -260,12 +264,115 @@ def test_unwritable_output_is_found_before_training(tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize('error, code, words', [(KeyboardInterrupt(), 130, 'interrupted'), (ValueError("L_Gini became NaN"), 1, 'became NaN')])
 def test_ends_cleanly(error, code, words, tmp_path, monkeypatch, capsys):
-    def fail(*a): raise error
+    def fail(*a, **k): raise error
     monkeypatch.setattr(demo, 'inspect_layer', fail)
     assert main([*ARGS, '--out', str(tmp_path/'out')]) == code
     err = capsys.readouterr().err
     assert words in err and err.count('\n') == 1
     assert not (tmp_path/'out').exists()
+
+# --- saving: each file whole or not there, and the message says which are
+
+def stop_at(monkeypatch, name, error):
+    "Let the writing of `name` fail with `error`"
+    from gini_loss import files, models
+    write = files.write_whole
+    def stopping(path, *parts):
+        if os.path.basename(path) == name: raise error
+        return write(path, *parts)
+    for module in (files, models): monkeypatch.setattr(module, 'write_whole', stopping)
+
+@pytest.mark.parametrize('name, there', [
+    ('report.txt', []), ('history.csv', ['report.txt', 'summary.csv']),
+    ('network-both-s0.safetensors', ['figure.png', 'history.csv', 'network-ce-s0.safetensors', 'report.txt', 'summary.csv'])])
+@pytest.mark.parametrize('error, code, words', [
+    (KeyboardInterrupt(), 130, 'interrupted'), (OSError(28, 'No space left on device', 'history.csv'), 1, 'No space left')])
+def test_what_is_saved_is_said(name, there, error, code, words, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Demo, 'run', lambda *a: tiny)
+    stop_at(monkeypatch, name, error)
+    out = tmp_path/'out'
+    assert main([*ARGS, '--out', str(out)]) == code
+    err = capsys.readouterr().err
+    assert words in err and err.count('\n') == 1
+    assert (sorted(o.name for o in out.iterdir()) if out.exists() else []) == there
+    if there: assert all(o in err for o in there) and 'nothing was saved' not in err
+    else: assert 'nothing was saved' in err and not out.exists()
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason="limits the size of files")
+def test_a_full_disk_names_the_file_and_leaves_no_part_of_it(tiny, tmp_path, monkeypatch):
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(SaveStopped) as e: save_demo(tiny, tmp_path/'out')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert 'figure.png' in str(e.value) and e.value.saved == ['report.txt', 'summary.csv', 'history.csv']
+    assert sorted(o.name for o in (tmp_path/'out').iterdir()) == sorted(e.value.saved)
+    assert all(o.stat().st_size > 50 for o in (tmp_path/'out').iterdir())
+
+def test_an_output_folder_that_is_removed_is_made_again(tiny, tmp_path, monkeypatch, capsys):
+    def run(*a):
+        (tmp_path/'out').rmdir()
+        return tiny
+    monkeypatch.setattr(Demo, 'run', run)
+    assert main([*ARGS, '--out', str(tmp_path/'out')]) == 0
+    assert (tmp_path/'out'/'summary.csv').exists()
+
+def test_an_output_folder_that_cannot_be_made_again(tiny, tmp_path, monkeypatch, capsys):
+    def run(*a):
+        (tmp_path/'out').rmdir()
+        (tmp_path/'out').write_text('a file')
+        return tiny
+    monkeypatch.setattr(Demo, 'run', run)
+    assert main([*ARGS, '--out', str(tmp_path/'out')]) == 1
+    err = capsys.readouterr().err
+    assert 'nothing was saved' in err and err.count('\n') == 1
+
+# --- images, names and consoles of all kinds
+
+def test_an_image_of_absurd_size_is_one_line(tmp_path, capsys):
+    def chunk(kind, data): return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    for k in 'ab':
+        (tmp_path/'data'/k).mkdir(parents=True)
+        for i in range(5): Image.new('RGB', (8, 8), (i, ord(k), 0)).save(tmp_path/'data'/k/f'{i}.png')
+    header = struct.pack('>IIBBBBB', 20_000, 20_000, 8, 2, 0, 0, 0)
+    bomb = b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(b'')) + chunk(b'IEND', b'')
+    (tmp_path/'data'/'a'/'bomb.png').write_bytes(bomb)
+    with pytest.raises(SystemExit) as e: main([*ARGS, '--data', str(tmp_path/'data'), '--out', str(tmp_path/'out')])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count('\n') == 1 and 'Traceback' not in err
+    assert not (tmp_path/'out').exists()
+
+@pytest.mark.skipif(sys.platform != 'linux', reason="names of any bytes")
+def test_names_that_other_programs_would_parse(tmp_path):
+    rng, root = np.random.default_rng(0), tmp_path/'my $data_set λ'
+    for name in (b'$x_1', b'_under', b'$\\frac{$', 'λ'.encode(), b'caf\xe9'):
+        folder = os.path.join(os.fsencode(root), name)
+        os.makedirs(folder)
+        for i in range(10):
+            image = Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8))
+            with open(os.path.join(folder, b'%d.png' % i), 'wb') as f: image.save(f, 'png')
+    start = "import sys; from gini_loss.demo import main; sys.exit(main())"
+    env = {**os.environ, 'PYTHONIOENCODING': 'cp1252', 'PYTHONUTF8': '0'}
+    done = subprocess.run([sys.executable, '-c', start, *ARGS, '--data', str(root), '--size', '8'], cwd=tmp_path, env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode('cp1252')
+    assert b'\\u03bb' in done.stdout and not done.stderr
+    report = (tmp_path/'gini_demo_out'/'report.txt').read_text(encoding='utf-8')
+    assert 'λ' in report and 'caf' in report
+    saved = load_network(tmp_path/'gini_demo_out'/'network-ce-s0.safetensors')
+    assert len(saved.classes) == 5 and 'λ' in saved.classes and '$x_1' in saved.classes
+
+def test_help_where_the_console_has_another_encoding():
+    start = "import sys; from gini_loss.demo import main; sys.exit(main())"
+    for encoding in ('ascii', 'cp1252', 'cp437'):
+        env = {**os.environ, 'PYTHONIOENCODING': encoding, 'PYTHONUTF8': '0'}
+        done = subprocess.run([sys.executable, '-c', start, '--help'], env=env, capture_output=True)
+        assert done.returncode == 0 and b'--lambda-gini' in done.stdout, done.stderr
+
+# --- Ctrl-C
 
 @pytest.mark.skipif(sys.platform == 'win32', reason="sends SIGINT")
 def test_ctrl_c_in_training(tmp_path):
