@@ -1,7 +1,6 @@
 """Tables and summaries where records of several kinds lie in one folder. The made-up records are real ones under another configuration, with the hashes of that."""
-import json, shutil, warnings
+import json, shutil
 from dataclasses import replace
-from pathlib import Path
 
 import matplotlib
 matplotlib.use('Agg')
@@ -173,7 +172,7 @@ def test_the_list_of_studies_on_its_page_is_the_present_one(capsys):
 def test_tables_for_pages():
     "Names of layers and of files are text, not mathematics; columns that are empty throughout do not appear"
     frame = pd.DataFrame({'layer': ['a|b', 'c$d$'], 'gain': ['+1.00', '-0.50'], 'nothing': [None, float('nan')], 'blank': ['', '']})
-    assert markdown_table(frame).split('\n') == ['| layer | gain |', '| --- | ---: |', '| a\\|b | +1.00 |', '| c\\$d\\$ | -0.50 |']
+    assert markdown_table(frame).split('\n') == ['| layer | gain |', '| --- | ---: |', '| a\\|b | +1.00 |', '| c\\$d\\$ | −0.50 |']
     box = answer_box("**higher**, +1.0 points")
     assert box.startswith('::: {.callout-note') and box.endswith('\n:::') and '**higher**' in box
 
