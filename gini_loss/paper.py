@@ -16,6 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .extras import need_extra
+need_extra('replication', 'pandas', 'scipy', 'fastai')
+
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -518,7 +521,7 @@ def markdown_table(
         return with_minus(str(value).replace('|', '\\|').replace('$', '\\$').replace('\n', ' '))
     rows = [[text(v) for v in row] for row in frame.itertuples(index=False, name=None)]
     kept = [i for i in range(frame.shape[1]) if any(row[i] for row in rows)]
-    numbers = [i for i in kept if all(row[i][:1] in '+-−0123456789' for row in rows)]
+    numbers = [i for i in kept if all(re.match(r'[+−]?\d|$', row[i]) for row in rows)]
     head, rule = [text(frame.columns[i]) for i in kept], ['---:' if i in numbers else '---' for i in kept]
     lines = [head, rule, *([row[i] for i in kept] for row in rows)]
     return '\n'.join(f"| {' | '.join(line)} |" for line in lines)

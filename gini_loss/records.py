@@ -16,28 +16,18 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
+from .extras import need_extra
+need_extra('replication', 'pandas')
+
 import numpy as np
 import pandas as pd
 import torch
 
 import gini_loss
 from .datasets import CALTECH12
+from .files import write_whole
 from .ranks import world_size
 if typing.TYPE_CHECKING: from gini_loss.train import Config
-
-def _write_whole(path, data):
-    "The file at `path` is at every moment the old one or the new one, whole"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    try:
-        with open(temporary, 'wb') as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 def _config_class():
     "`Config`, looked up when it is needed: the engine that defines it imports this module"
@@ -203,8 +193,8 @@ def write_record(
     the path of the JSON file"""
     path = Path(folder)/f"{record['run_id']}.json"
     text, packed = seal_record(record, arrays)
-    _write_whole(path.with_suffix('.npz'), packed)
-    _write_whole(path, text)
+    write_whole(path.with_suffix('.npz'), packed)
+    write_whole(path, text)
     return path
 
 # %% ../nbs/24_records.ipynb #cb278e05
@@ -310,7 +300,7 @@ def seal_records(
     """Give digests to the records that have none, and return their paths. RecordError, before anything is changed,
     if one of them is not good"""
     unsealed = [path for path in record_files(folder) if 'digest' not in _read(path)[0]]
-    for path in unsealed: _write_whole(path, _with_digests(path.read_bytes(), path.with_suffix('.npz').read_bytes()))
+    for path in unsealed: write_whole(path, _with_digests(path.read_bytes(), path.with_suffix('.npz').read_bytes()))
     return unsealed
 
 # %% ../nbs/24_records.ipynb #fced3357

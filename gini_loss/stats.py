@@ -11,6 +11,9 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from .extras import need_extra
+need_extra('replication', 'pandas', 'scipy')
+
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
