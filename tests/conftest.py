@@ -1,11 +1,30 @@
-"""A Chromium for the tests of the site, where there is one; GINI_LOSS_CHROMIUM and GINI_LOSS_CHROMEDRIVER name other places."""
+"""What several test files need: one thread, the same random numbers in whatever order tests run, a fresh compiler, and a Chromium
+for the tests of the site, where there is one (GINI_LOSS_CHROMIUM and GINI_LOSS_CHROMEDRIVER name other places)."""
 import os
 import shutil
 
 import pytest
+import torch
 
 CHROMIUM = os.environ.get("GINI_LOSS_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = os.environ.get("GINI_LOSS_CHROMEDRIVER") or shutil.which("chromedriver")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh_compiler():
+    "No compiled code of earlier tests, and none left for later ones"
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

@@ -63,6 +63,9 @@ SCENARIOS = { # name: (split, targets, keyword arguments of the loss)
     'mixed, n_classes given': ('even', 'mixed', dict(n_classes=5)),
     'mixed, more classes than columns': ('one empty', 'mixed far apart', dict(n_classes=500_000)),
     'float32': ('uneven', 'sorted', {}),
+    'prior': ('uneven', 'sorted', dict(class_prior=[.3, .25, .2, .15, .1])),
+    'prior, soft': ('one empty', 'soft', dict(class_prior=[.3, .25, .2, .15, .1])),
+    'prior, more classes than columns': ('uneven', 'far apart', dict(class_prior=torch.arange(1., 500_001))),
 }
 def dtype_of(scenario): return torch.float32 if scenario == 'float32' else torch.float64     # in float64 an error cannot hide behind rounding
 STEPS = 4

@@ -1,19 +1,17 @@
 "Class averages over several batches: the definition index by index, its gradient, state, precision, bad input, compilation, and the callback's switch"
-import copy, io, math, pickle, warnings
+import copy
+import io
+import math
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from gini_loss.losses import GiniKLLoss, class_means
+from gini_loss.losses import GiniKLLoss, class_probs
 from gini_loss.running import RunningGiniKLLoss
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1); torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before); torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures('fresh_compiler')
 
 def batches(n=6, m=5, c=4, classes=3, dtype=torch.float64):
     return [(torch.randn(m, c, dtype=dtype), torch.randint(0, classes, (m,))) for _ in range(n)]
@@ -142,3 +140,48 @@ def test_compiled():
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(torch.autograd.grad(got, x)[0], torch.autograd.grad(expected, z)[0], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(loss.means, plain.means)
+
+# ---- A prior, and a mask ----
+
+def test_a_prior_is_restricted_to_the_classes_remembered():
+    prior, data = [.5, .3, .2], [(torch.rand(4, 5, dtype=torch.float64), torch.tensor(y)) for y in ([0, 0, 0, 0], [1, 1, 0, 1], [2, 0, 1, 2])]
+    loss = RunningGiniKLLoss(class_prior=prior, n_batches=3)
+    for shares, (A, y) in zip(([1, 0, 0], [.625, .375, 0], prior), data):
+        kl = loss.terms(A, y)[1]
+        P = class_probs(loss.means)
+        hS = P.mean(0)
+        assert kl.item() == pytest.approx(sum(h*math.log(h/s) for h, s in zip(hS.tolist(), shares) if h > 0), abs=1e-12)
+
+# ---- Averages of the weights, made before the first batch ----
+
+class Net(nn.Module):
+    def __init__(self): super().__init__(); self.layer, self.aux = nn.Linear(3, 6), RunningGiniKLLoss(n_classes=3)
+    def forward(self, x): return self.layer(x)
+
+def averaged_model(net): return torch.optim.swa_utils.AveragedModel(net), lambda ema, net: ema.update_parameters(net)
+def averaged_buffers(net): return torch.optim.swa_utils.AveragedModel(net, use_buffers=True), lambda ema, net: ema.update_parameters(net)
+def timm_ema(net): return pytest.importorskip('timm').utils.ModelEmaV3(net), lambda ema, net: ema.update(net)
+def timm_old_ema(net): return pytest.importorskip('timm').utils.ModelEmaV2(net), lambda ema, net: ema.update(net)
+def ema_pytorch(net): return pytest.importorskip('ema_pytorch').EMA(net, update_after_step=0, update_every=1), lambda ema, net: ema.update()
+
+@pytest.mark.parametrize('make', [averaged_model, averaged_buffers, timm_ema, timm_old_ema, ema_pytorch])
+def test_averages_of_the_weights_leave_the_state_alone(make):
+    "Made before the first batch, when the number of channels is not known, and updated after it"
+    net = Net(); ema, update = make(net)
+    for A, y in batches(2, c=3, dtype=torch.float32): net.aux(net.layer(A), y); update(ema, net)
+    assert net.aux.means.shape == (6, 3) and net.aux.mass.sum() > 0 and 'aux._extra_state' in net.state_dict()
+    twin = Net(); twin.load_state_dict(net.state_dict())
+    assert torch.equal(twin.aux.means, net.aux.means) and torch.equal(twin.aux.mass, net.aux.mass)
+
+def test_lightning_averages(tmp_path):
+    L = pytest.importorskip('lightning')
+    averaging = getattr(L.pytorch.callbacks, 'WeightAveraging', None) or pytest.skip("this Lightning has no WeightAveraging")
+    class Module(L.LightningModule):
+        def __init__(self): super().__init__(); self.net = Net()
+        def training_step(self, batch, i): x, y = batch; A = self.net(x); return nn.functional.cross_entropy(A, y) + self.net.aux(A, y)
+        def configure_optimizers(self): return torch.optim.SGD(self.parameters(), .1)
+    module, data = Module(), torch.utils.data.TensorDataset(torch.rand(12, 3), torch.arange(12) % 3)
+    trainer = L.Trainer(max_epochs=2, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+                        default_root_dir=tmp_path, callbacks=[averaging()])
+    trainer.fit(module, torch.utils.data.DataLoader(data, 4))
+    assert module.net.aux.means.shape == (6, 3)
