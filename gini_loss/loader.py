@@ -220,8 +220,6 @@ class DeviceLoader(DataLoader):
         angle = (torch.rand(n, generator=degrees)*2 - 1)*self.rotation
         return [o.to(self.device) for o in (top, left, flip, angle)]
 
-    _order, _draws = order, draws
-
     def _batch(self, idx, draws):
         x = self.dataset.images[idx]
         top, left, flip, angle = (o[idx] for o in draws) if draws is not None else (None,)*4
@@ -373,6 +371,7 @@ def device_dls(
     drop_last: bool = True, # Leave out a last training batch that is not full
     augment: bool = True, # Augment the training images
     normalize: bool | tuple = True, # By the training images' mean and deviation; or (mean, std); or not at all
+    shard: tuple[int, int] = (0, 1), # (i, k): this is process i of k, and takes every k-th image of each training batch
     **kwargs: Any # Further arguments of each `DeviceLoader`
 ) -> DeviceLoaders:
     "fastai `DataLoaders` of `DeviceLoader`s: the first to train, the second to validate"
@@ -382,7 +381,8 @@ def device_dls(
         largest = max(int(torch.as_tensor(o[1]).max()) for o in (train, *others))
         classes = [str(i) for i in range(largest + 1)]
     settings = dict(seed=seed, device=device, vocab=classes, **kwargs)
-    first = DeviceLoader(train, bs, shuffle=True, drop_last=drop_last, augment=augment, normalize=normalize, **settings)
+    first = DeviceLoader(train, bs, shuffle=True, drop_last=drop_last, augment=augment, normalize=normalize, shard=shard,
+                         **settings)
     normalize = normalize and (first.mean, first.std)
     further = [DeviceLoader(o, val_bs or bs, normalize=normalize, **settings) for o in others]
     return DeviceLoaders(first, *further, device=device)

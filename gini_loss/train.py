@@ -240,13 +240,6 @@ def load_images(
     return ImageSet(images[train], labels[train]), ImageSet(images[valid], labels[valid]), test, list(classes)
 
 # %% ../nbs/23_train.ipynb #f6290dac
-class _ShardLoader(DeviceLoader):
-    "This process's share of each batch: every k-th image of it"
-    def _batches(self, epoch, start=0):
-        rank, k = dist.get_rank(), dist.get_world_size()
-        order, draws = self._order(epoch).to(self.device), self._draws(epoch) if self.augment else None
-        for i in range(start, len(self)): yield i, self._batch(order[i*self.bs:(i + 1)*self.bs][rank::k], draws)
-
 def build_dls(
     config: Config, # `Config`
     root: str | Path | None = None, # folder of CIFAR-100; None: fastai's data folder
@@ -258,11 +251,9 @@ def build_dls(
     settings = dict(padding=config.padding, flip=config.flip, rotation=config.rotation, normalize=normalize, channels_last=config.channels_last,
                     dtype=torch.float64 if config.precision == 'float64' else torch.float32)
     if config.bs > len(train.labels): raise ValueError(f"bs={config.bs} is more than the {len(train.labels)} training images")
-    dls = device_dls(train, valid, test, classes=classes, bs=config.bs, val_bs=500, seed=config.seed, device=device, **settings)
-    if _world_size() > 1:
-        if config.bs % _world_size(): raise ValueError(f"bs={config.bs} does not divide among {_world_size()} processes: choose a multiple")
-        dls.loaders[0] = dls.train.new(cls=_ShardLoader)
-    return dls
+    if config.bs % _world_size(): raise ValueError(f"bs={config.bs} does not divide among {_world_size()} processes: choose a multiple")
+    return device_dls(train, valid, test, classes=classes, bs=config.bs, val_bs=500, seed=config.seed, device=device,
+                      shard=(_rank(), _world_size()), **settings)
 
 def _world_size(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 def _rank(): return dist.get_rank() if _world_size() > 1 else 0
@@ -831,7 +822,7 @@ def _train(config, results, path, data_root, caltech_root, device, deadline, eve
     layer = FeatureTap(model, config.layer).name
     last, arrays, features = _evaluate(model, config, dls[2], caltech, layer)
     layer_numbers, layer_arrays = _layer_record(layer, features, dls[2].dataset.labels.cpu(), config, dls.c)
-    whole = dls.train.new(cls=DeviceLoader, shuffle=False, augment=False, drop_last=False, bs=500)
+    whole = dls.train.new(shard=(0, 1), shuffle=False, augment=False, drop_last=False, bs=500)
     train_numbers, _ = _layer_record(layer, predict(model, whole, layer, config.rectify)[1], whole.dataset.labels.cpu(), config, dls.c)
     if weights is not None and _rank() == 0: _save_weights(Path(weights)/f'{config.run_id}.safetensors', model, config, dls.vocab)
     model.load_state_dict(best.weights)

@@ -10,7 +10,6 @@ import urllib.error
 import warnings
 import zipfile
 import zlib
-from hashlib import blake2b
 
 import numpy as np
 import pytest
@@ -25,6 +24,8 @@ from gini_loss import datasets
 from gini_loss.datasets import (CALTECH12, class_folders, find_duplicates, find_images, load_caltech12,
     load_cifar100, load_folder,
     pack_arrays, read_images, select_classes, split_train_valid, to_rgb, unpack_arrays)
+
+from gini_loss.files import digest
 
 has_cifar = (fastai_path('data')/'cifar100'/'train').is_dir()
 has_caltech = (fastai_path('data')/'caltech101'/'101_ObjectCategories').is_dir()
@@ -135,7 +136,7 @@ def test_images_are_turned_upright(tmp_path, name, mode):
 def test_whatever_a_decoder_raises_becomes_an_error_with_the_name(tmp_path, monkeypatch, error):
     def fail(file): raise error
     monkeypatch.setattr(Image, 'open', fail)
-    with pytest.raises(ValueError, match=f'1 of 1 images .*odd.png .{type(error).__name__}'):
+    with pytest.raises(ValueError, match=f'1 of 1 images .*odd.png .{type(error).__name__}:'):
         read_images([tmp_path/'odd.png'], 8)
 
 def test_resizing_averages(tmp_path):
@@ -279,7 +280,7 @@ def test_damaged_cache_is_rebuilt(tmp_path, reads, damage):
     load_cifar100(tmp_path)
     assert len(reads) == 4
 
-def forge(file): return file.getvalue()[:-128] + blake2b(file.getvalue()[:-128]).hexdigest().encode()
+def forge(file): return file.getvalue()[:-32] + digest(file.getvalue()[:-32]).encode()
 
 @pytest.mark.parametrize('how', ['header', 'compressed'])
 def test_a_small_file_that_claims_two_gigabytes_takes_no_memory(how):
@@ -288,7 +289,7 @@ def test_a_small_file_that_claims_two_gigabytes_takes_no_memory(how):
     n = 2**31 if how == 'header' else 2**25
     np.lib.format.write_array_header_1_0(member, dict(descr='|u1', fortran_order=False, shape=(n,)))
     with zipfile.ZipFile(file, 'w', zipfile.ZIP_STORED if how == 'header' else zipfile.ZIP_DEFLATED) as z:
-        z.comment = bytes(128)
+        z.comment = bytes(32)
         z.writestr('images.npy', member.getvalue() + (b'' if how == 'header' else bytes(n)))
     raw = forge(file)
     assert len(raw) < 100_000
@@ -506,7 +507,7 @@ def test_links_elsewhere_are_followed(tmp_path):
 def test_a_broken_link_is_named(tmp_path):
     make_folders(tmp_path, 'a/1.png', 'b/1.png')
     (tmp_path/'a'/'gone.png').symlink_to('nowhere.png')
-    with pytest.raises(ValueError, match='gone.png .FileNotFoundError'): load_folder(tmp_path, 4)
+    with pytest.raises(ValueError, match='gone.png .No such file'): load_folder(tmp_path, 4)
 
 def test_a_broken_image_of_a_class_that_was_not_asked_for_does_not_matter(tmp_path):
     make_folders(tmp_path, *[f'{c}/{i}.png' for c in 'abc' for i in range(6)])

@@ -283,6 +283,8 @@ def test_shares_of_several_processes_are_the_batch():
             for part, of_process in zip(range(k), shares): assert same([o[part::k] for o in batch], of_process[i])
     assert same(whole, all_batches(train_loader(shard=(0, 1))))
     assert train_loader(shard=(1, 2)).new().shard == (1, 2)
+    dls = device_dls(make_set(50), make_set(9), bs=8, device='cpu', shard=(1, 2))
+    assert len(dls.train.one_batch()[1]) == 4 and len(dls.valid.one_batch()[1]) == 8
 
 # ---------------------------------------------------------------- within fastai
 

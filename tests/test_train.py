@@ -494,16 +494,12 @@ SCRIPT = '''
 import os, sys, torch
 torch.set_num_threads(1)
 from gini_loss.train import _distributed, _rank, build_dls, build_learner, recipe
-from gini_loss.loader import DeviceLoader
-class Turned(DeviceLoader):
-    "Each batch with its images in reverse order"
-    def _batches(self, epoch, start=0):
-        order, draws = self._order(epoch), self._draws(epoch)
-        for i in range(start, len(self)): yield i, self._batch(order[i*self.bs:(i + 1)*self.bs].flip(0), draws)
 def run(path, arch, precision, lr, turned):
     c = recipe('test', loss='both', start_epoch=0, optimizer='sgd', lr=float(lr), momentum=0.9, train_per_class=20, bs=20, epochs=1, arch=arch, precision=precision)
     dls = build_dls(c, device='cpu')
-    if turned == 'turned': dls.loaders[0] = dls.train.new(cls=Turned)
+    if turned == 'turned': # each batch with its images in reverse order
+        order = torch.cat([part.flip(0) for part in dls.train.order(0).split(dls.train.bs)])
+        dls.loaders[0] = dls.train.new(get_idxs=order.tolist)
     learn = build_learner(c, dls)
     learn.fit(1)
     if _rank() == 0: torch.save((learn.plain_model.state_dict(), learn.epoch_log.columns), path)
