@@ -24,6 +24,7 @@ from itertools import permutations
 from pathlib import Path
 
 from .extras import need_extra
+from .files import describe_error, digest, remove_leftovers, write_whole
 need_extra('replication', 'fastai', 'numpy', 'PIL')
 
 import numpy as np
@@ -77,7 +78,7 @@ def _read_image(file, size, resize):
     try:
         with Image.open(file) as image: image = to_rgb(image)
     except BaseException as e:  # decoders raise what they like; Ctrl-C goes to the main thread, never to this one
-        return f"{file} ({_describe(e)})"
+        return f"{file} ({_reason(e)})"
     if image.size != (size, size):
         if not resize: return f"{file} ({image.size[0]}×{image.size[1]} pixels, expected {size}×{size})"
         image = image.resize((size, size), Image.Resampling.BILINEAR)  # Pillow averages when it shrinks: no aliasing
@@ -95,10 +96,12 @@ def read_images(
         raise ValueError(f"{len(bad)} of {len(files)} images cannot be used; repair or remove: " + "; ".join(bad[:5]))
     return np.stack(images)
 
-def _describe(e): return f"{type(e).__name__}: {e}" if str(e) else type(e).__name__
+def _reason(e):
+    "What a decoder raised; the type of an unusual error says more than its text"
+    return describe_error(e) if isinstance(e, (OSError, ValueError)) else f"{type(e).__name__}: {describe_error(e)}"
 
-# %% ../nbs/20_datasets.ipynb #9e518fe7
-_HEX = 128 # characters of a digest
+# %% ../nbs/20_datasets.ipynb #b06ee2b7
+_DIGEST = 32  # characters of a digest
 
 def pack_arrays(
     **arrays: np.ndarray # Arrays by name; no Python objects
@@ -106,9 +109,9 @@ def pack_arrays(
     "The bytes of an `.npz` file that ends with the digest of everything before it"
     file = io.BytesIO()
     np.savez(file, **arrays)
-    with zipfile.ZipFile(file, 'a') as z: z.comment = b'0'*_HEX
+    with zipfile.ZipFile(file, 'a') as z: z.comment = b'0'*_DIGEST
     raw = file.getbuffer()
-    raw[-_HEX:] = blake2b(raw[:-_HEX]).hexdigest().encode()
+    raw[-_DIGEST:] = digest(raw[:-_DIGEST]).encode()
     return raw
 
 def unpack_arrays(
@@ -116,7 +119,7 @@ def unpack_arrays(
 ) -> dict[str, np.ndarray]:
     "The arrays by name. ValueError if a single bit has changed, or if the file claims more data than it holds"
     raw = memoryview(raw)
-    if bytes(raw[-_HEX:]) != blake2b(raw[:-_HEX]).hexdigest().encode():
+    if bytes(raw[-_DIGEST:]) != digest(raw[:-_DIGEST]).encode():
         raise ValueError("the content does not match its digest: the file is damaged or of an older version")
     with zipfile.ZipFile(io.BytesIO(raw)) as z:
         return {info.filename.removesuffix('.npy'): _read_member(z, info) for info in z.infolist()}
@@ -136,7 +139,7 @@ def _read_member(z, info):
 def _stamp(path, folders):
     "A digest of when each folder last changed"
     times = [(str(o.relative_to(path.parent)), o.stat().st_mtime_ns) for o in folders]
-    return blake2b(repr(times).encode()).hexdigest()
+    return digest(repr(times).encode())
 
 def _check_cache(arrays, sets, size):
     "ValueError unless the arrays are the images of these labels"
@@ -166,38 +169,17 @@ def _cached(
             return _as_sets(arrays, sets)
     except FileNotFoundError: pass
     except Exception as e:  # a damaged file fails in many ways, and the images are still there
-        warnings.warn(f"the cache {path} cannot be used ({_describe(e)}): reading the images again")
+        warnings.warn(f"the cache {path} cannot be used ({describe_error(e)}): reading the images again")
     arrays = {f'{name}images': read(name) for name in sets} | {f'{name}labels': labels for name, labels in sets.items()}
     try:
-        _remove_leftovers(path)
-        _write_whole(path, pack_arrays(stamp=np.array(stamp), **arrays))
+        remove_leftovers(path.parent, f'{path.name}.*.tmp')
+        write_whole(path, pack_arrays(stamp=np.array(stamp), **arrays))
     except OSError as e:
-        warnings.warn(f"the cache {path} cannot be written ({_describe(e)}): the next load reads all images again")
+        warnings.warn(f"the cache cannot be written ({describe_error(e)}): the next load reads all images again")
     return _as_sets(arrays, sets)
 
 def _as_sets(arrays, sets):
     return {o: ImageSet(*(torch.from_numpy(arrays[f'{o}{kind}']) for kind in ('images', 'labels'))) for o in sets}
-
-# %% ../nbs/20_datasets.ipynb #20d50a3b
-def _write_whole(path, raw):
-    "Write a file that is there whole or not at all"
-    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    try:
-        temporary.write_bytes(raw)
-        os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
-
-def _remove_leftovers(path):
-    "Remove what processes left that were killed while they wrote the file"
-    for file in path.parent.glob(f'{path.name}.*.tmp'):
-        process = file.name.split('.')[-2]
-        if not (process.isdigit() and _is_running(int(process))): file.unlink(missing_ok=True)
-
-def _is_running(process):
-    try: os.kill(process, 0)
-    except ProcessLookupError: return False
-    except OSError: return True
-    return True
 
 # %% ../nbs/20_datasets.ipynb #dd51b70a
 CIFAR100 = namedtuple('CIFAR100', 'train test classes superclasses superclass_of')
@@ -219,7 +201,8 @@ def _download_cifar100():
     except Exception as e:
         folder = fastai_path('data')
         raise FileNotFoundError(
-            f"CIFAR-100 is not in {folder/'cifar100'} and cannot be downloaded from {URLs.CIFAR_100} ({_describe(e)}); "
+            f"CIFAR-100 is not in {folder/'cifar100'} and cannot be downloaded from {URLs.CIFAR_100} "
+            f"({describe_error(e)}); "
             f"by hand: get this file in a browser and unpack it in {folder}, so that {folder/'cifar100'} holds "
             "train and test; or give the folder that holds these two as root") from e
 
@@ -408,7 +391,7 @@ def _download_caltech101(root):
     except Exception as e:
         if path.is_dir() and not any(path.iterdir()): path.rmdir()
         raise FileNotFoundError(
-            f"Caltech 101 is not in {path} and cannot be downloaded from {_CALTECH101_URL} ({_describe(e)}); "
+            f"Caltech 101 is not in {path} and cannot be downloaded from {_CALTECH101_URL} ({describe_error(e)}); "
             "by hand: get this file in a browser, unpack it and the archive 101_ObjectCategories.tar.gz in it, "
             f"so that {path/'101_ObjectCategories'} holds a folder of .jpg files for each category") from e
 
@@ -471,8 +454,8 @@ def _check_no_splits(path, folders):
     splits = sorted({name for pair in alike for name in pair} | {o for o in below if o.lower() in _SPLIT_NAMES})
     if splits:
         shared = ', '.join(sorted(set.intersection(*(below[o] for o in splits)))[:3])
-        raise ValueError(f"{path} holds splits, not classes: {', '.join(splits)} with {shared or 'nothing'} inside, and no "
-                         f"images of their own; give one of them instead, such as {path/splits[-1]}")
+        raise ValueError(f"{path} holds splits, not classes: {', '.join(splits)} with {shared or 'nothing'} inside, "
+                         f"and no images of their own; give one of them instead, such as {path/splits[-1]}")
 
 # %% ../nbs/20_datasets.ipynb #c9484dfc
 FolderSet = namedtuple('FolderSet', 'images labels classes')

@@ -22,9 +22,7 @@ from fastai.data.external import URLs, fastai_path
 
 from gini_loss import datasets
 from gini_loss.datasets import (CALTECH12, class_folders, find_duplicates, find_images, load_caltech12,
-    load_cifar100, load_folder,
-    pack_arrays, read_images, select_classes, split_train_valid, to_rgb, unpack_arrays)
-
+    load_cifar100, load_folder, pack_arrays, read_images, select_classes, split_train_valid, to_rgb, unpack_arrays)
 from gini_loss.files import digest
 
 has_cifar = (fastai_path('data')/'cifar100'/'train').is_dir()
