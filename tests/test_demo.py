@@ -2,7 +2,8 @@
 import os, signal, struct, subprocess, sys, time, zlib
 import numpy as np
 import pytest, torch
-for name in ('fastai', 'sklearn', 'matplotlib', 'pandas'): pytest.importorskip(name, reason=f"the demonstration needs {name}")
+for name in ('fastai', 'sklearn', 'matplotlib', 'pandas', 'safetensors'):
+    pytest.importorskip(name, reason=f"the demonstration needs {name}")
 import pandas as pd
 from PIL import Image
 from gini_loss import demo
@@ -34,7 +35,16 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope='module')
 def tiny(): return run_demo(**TINY)
 
-def same(a, b): pd.testing.assert_frame_equal(a.drop(columns='seconds', errors='ignore'), b.drop(columns='seconds', errors='ignore'), check_exact=True)
+def of_loss(frame, loss):
+    "The rows of one loss, without what may differ"
+    return frame[frame.loss == loss].drop(columns=['loss', 'seconds'], errors='ignore').reset_index(drop=True)
+
+def same(a, b):
+    a, b = (frame.drop(columns='seconds', errors='ignore') for frame in (a, b))
+    pd.testing.assert_frame_equal(a, b, check_exact=True)
+
+TABLES = ['figure.png', 'history.csv', 'report.txt', 'summary.csv']
+NETWORKS = ['network-both-s0.safetensors', 'network-ce-s0.safetensors']
 
 # --- results
 
@@ -46,8 +56,7 @@ def test_command_writes_report_tables_and_figure(tmp_path, monkeypatch, capsys):
     assert out.isascii()
     assert out.rstrip().endswith('gini_demo_out')
     folder = tmp_path/'gini_demo_out'
-    networks = ['network-both-s0.safetensors', 'network-ce-s0.safetensors']
-    assert sorted(o.name for o in folder.iterdir()) == ['figure.png', 'history.csv', *networks, 'report.txt', 'summary.csv']
+    assert sorted(o.name for o in folder.iterdir()) == sorted([*TABLES, *NETWORKS])
     summary, history = pd.read_csv(folder/'summary.csv'), pd.read_csv(folder/'history.csv')
     assert list(summary.loss) == ['ce', 'both']
     assert len(history) == 4 and history.notna().all().all()
@@ -70,7 +79,8 @@ def test_an_earlier_run_is_kept(tmp_path, monkeypatch, capsys):
     assert 'runs-3' in capsys.readouterr().out
 
 def test_folder_of_class_folders(pictures, tmp_path, capsys):
-    assert main([*ARGS, '--data', str(pictures), '--size', '16', '--classes', 'red,blue', '--out', str(tmp_path/'out')]) == 0
+    args = ['--data', str(pictures), '--size', '16', '--classes', 'red,blue', '--out', str(tmp_path/'out')]
+    assert main([*ARGS, *args]) == 0
     assert '2 of 3 classes' in capsys.readouterr().out
     data = demo_data(str(pictures), classes=['red', 'blue'], size=16, per_class=4)
     assert data.classes == ['red', 'blue'] and data.train[0].shape == (8, 3, 16, 16)
@@ -91,12 +101,12 @@ def test_numbers_do_not_depend_on_the_global_generators(tiny):
     torch.manual_seed(99); np.random.seed(99)
     state = torch.get_rng_state()
     demo_ = Demo(**TINY)
-    model = demo_.model(0)
+    demo_.model(0)
     assert torch.equal(state, torch.get_rng_state()), "building the network must leave the caller's generator alone"
     same(tiny.summary, demo_.run().summary)
 
 def test_both_trainings_start_alike_and_part_at_start_epoch(tiny):
-    ce, both = (tiny.history[tiny.history.loss == k].drop(columns='loss').reset_index(drop=True) for k in ('ce', 'both'))
+    ce, both = (of_loss(tiny.history, k) for k in ('ce', 'both'))
     pd.testing.assert_frame_equal(ce[:1], both[:1], check_exact=True)
     assert ce.train_loss[1] < both.train_loss[1], "the second loss includes the terms"
     a, b = Demo(**TINY), Demo(**TINY)
@@ -106,7 +116,7 @@ def test_both_trainings_start_alike_and_part_at_start_epoch(tiny):
 def test_weights_zero_make_both_identical():
     r = run_demo(**TINY, lambda_gini=0, lambda_kl=0)
     for frame in (r.summary, r.history):
-        a, b = (frame[frame.loss == k].drop(columns=['loss', 'seconds'], errors='ignore').reset_index(drop=True) for k in ('ce', 'both'))
+        a, b = (of_loss(frame, k) for k in ('ce', 'both'))
         pd.testing.assert_frame_equal(a, b, check_exact=True)
     assert r.comparisons[0].difference == 0 and r.comparisons[0].p == 1
     assert 'indistinguishable' in demo_report(r)
@@ -137,7 +147,8 @@ def test_figure_copes_with_dead_channels(tiny, tmp_path):
         layers[key] = d._replace(probs=probs, dead=dead)
     fig = plot_demo(tiny._replace(layers=layers))
     fig.savefig(tmp_path/'f.png')
-    for ax, d in zip((fig.axes[0], fig.axes[2]), layers.values()): assert f', {d.dead.sum()} dead' in ax.get_title(loc='left')
+    for ax, d in zip((fig.axes[0], fig.axes[2]), layers.values()):
+        assert f', {d.dead.sum()} dead' in ax.get_title(loc='left')
 
 def test_reverse_kl_is_the_other_divergence(tiny):
     r = run_demo(**TINY, reverse_kl=True)
@@ -157,7 +168,8 @@ def test_copies_do_not_reach_the_test_set(tmp_path):
     rng = np.random.default_rng(0)
     for k, name in enumerate('ab'):
         (tmp_path/name).mkdir()
-        for i in range(10): Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(tmp_path/name/f'{i}.png')
+        for i in range(10):
+            Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(tmp_path/name/f'{i}.png')
     for i in range(10): (tmp_path/'a'/f'{i}_copy.png').write_bytes((tmp_path/'a'/f'{i}.png').read_bytes())
     d = demo_data(tmp_path, size=8)
     kept = {o.numpy().tobytes() for o in d.train[0]}
@@ -165,7 +177,7 @@ def test_copies_do_not_reach_the_test_set(tmp_path):
     assert 'left out as copies' in d.name
 
 def test_cifar100():
-    from fastai.data.external import URLs, fastai_path
+    from fastai.data.external import fastai_path
     if not (fastai_path('data')/'cifar100').is_dir(): pytest.skip("CIFAR-100 is not unpacked in fastai's data folder")
     d = demo_data('cifar100', classes=['wolf', 'apple'], per_class=30)
     assert d.classes == ['wolf', 'apple'] and d.train[0].shape == (60, 3, 32, 32) and 190 <= len(d.test[1]) <= 200
@@ -192,7 +204,7 @@ def test_networks_are_kept_and_give_the_summary_again(tiny, tmp_path):
 
 def test_networks_can_be_left_out(tmp_path):
     assert main([*ARGS, '--no-networks', '--out', str(tmp_path/'out')]) == 0
-    assert sorted(o.name for o in (tmp_path/'out').iterdir()) == ['figure.png', 'history.csv', 'report.txt', 'summary.csv']
+    assert sorted(o.name for o in (tmp_path/'out').iterdir()) == TABLES
 
 # --- what is wrong is said before any training
 
@@ -232,14 +244,24 @@ def test_bad_argument(args, words, tmp_path, monkeypatch, capsys):
     assert words in err and err.count('\n') == 1 and 'Traceback' not in err
     assert not list(tmp_path.iterdir()), "nothing is left behind"
 
+def class_folders(p, images, write):
+    "Two class folders with so many files, each written by `write(path, class, number)`"
+    for k in 'ab':
+        (p/k).mkdir()
+        for i in range(images): write(p/k/f'{i}.png', k, i)
+
+def no_image(path, k, i): path.write_text('no image')
+def all_alike(path, k, i): Image.new('RGB', (8, 8)).save(path)
+def each_its_own(path, k, i): Image.new('RGB', (8, 8), (i, ord(k), 0)).save(path)
+
 @pytest.mark.parametrize('make, words', [
     (lambda p: None, '0 class folders'),
-    (lambda p: [(p/k).mkdir() for k in 'ab'], 'no images in'),
+    (lambda p: class_folders(p, 0, no_image), 'no images in'),
     (lambda p: [(p/k/c).mkdir(parents=True) for k in ('fit', 'check') for c in 'ab'], "holds splits"),
     (lambda p: [(p/k).mkdir() for k in ('train', 'test')], "instead"),
-    (lambda p: [((p/k).mkdir(), [Image.new('RGB', (8, 8), (i, ord(k), 0)).save(p/k/f'{i}.png') for i in range(4)]) for k in 'ab'], 'at least 5 are needed'),
-    (lambda p: [((p/k).mkdir(), [(p/k/f'{i}.png').write_text('no image') for i in range(5)]) for k in 'ab'], 'cannot be used'),
-    (lambda p: [((p/k).mkdir(), [Image.new('RGB', (8, 8)).save(p/k/f'{i}.png') for i in range(5)]) for k in 'ab'], 'copies only'),
+    (lambda p: class_folders(p, 4, each_its_own), 'at least 5 are needed'),
+    (lambda p: class_folders(p, 5, no_image), 'cannot be used'),
+    (lambda p: class_folders(p, 5, all_alike), 'copies only'),
 ])
 def test_bad_folder(make, words, tmp_path, capsys):
     (tmp_path/'data').mkdir()
@@ -262,7 +284,8 @@ def test_unwritable_output_is_found_before_training(tmp_path, monkeypatch, capsy
 
 # --- when it ends early
 
-@pytest.mark.parametrize('error, code, words', [(KeyboardInterrupt(), 130, 'interrupted'), (ValueError("L_Gini became NaN"), 1, 'became NaN')])
+@pytest.mark.parametrize('error, code, words', [
+    (KeyboardInterrupt(), 130, 'interrupted'), (ValueError("L_Gini became NaN"), 1, 'became NaN')])
 def test_ends_cleanly(error, code, words, tmp_path, monkeypatch, capsys):
     def fail(*a, **k): raise error
     monkeypatch.setattr(demo, 'inspect_layer', fail)
@@ -284,9 +307,10 @@ def stop_at(monkeypatch, name, error):
 
 @pytest.mark.parametrize('name, there', [
     ('report.txt', []), ('history.csv', ['report.txt', 'summary.csv']),
-    ('network-both-s0.safetensors', ['figure.png', 'history.csv', 'network-ce-s0.safetensors', 'report.txt', 'summary.csv'])])
+    (NETWORKS[0], sorted([*TABLES, NETWORKS[1]]))])
 @pytest.mark.parametrize('error, code, words', [
-    (KeyboardInterrupt(), 130, 'interrupted'), (OSError(28, 'No space left on device', 'history.csv'), 1, 'No space left')])
+    (KeyboardInterrupt(), 130, 'interrupted'),
+    (OSError(28, 'No space left on device', 'history.csv'), 1, 'No space left')])
 def test_what_is_saved_is_said(name, there, error, code, words, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Demo, 'run', lambda *a: tiny)
     stop_at(monkeypatch, name, error)
@@ -334,10 +358,10 @@ def test_an_output_folder_that_cannot_be_made_again(tiny, tmp_path, monkeypatch,
 # --- images, names and consoles of all kinds
 
 def test_an_image_of_absurd_size_is_one_line(tmp_path, capsys):
-    def chunk(kind, data): return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-    for k in 'ab':
-        (tmp_path/'data'/k).mkdir(parents=True)
-        for i in range(5): Image.new('RGB', (8, 8), (i, ord(k), 0)).save(tmp_path/'data'/k/f'{i}.png')
+    def chunk(kind, data):
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    (tmp_path/'data').mkdir()
+    class_folders(tmp_path/'data', 5, each_its_own)
     header = struct.pack('>IIBBBBB', 20_000, 20_000, 8, 2, 0, 0, 0)
     bomb = b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(b'')) + chunk(b'IEND', b'')
     (tmp_path/'data'/'a'/'bomb.png').write_bytes(bomb)
@@ -357,7 +381,8 @@ def test_names_that_other_programs_would_parse(tmp_path):
             with open(os.path.join(folder, b'%d.png' % i), 'wb') as f: image.save(f, 'png')
     start = "import sys; from gini_loss.demo import main; sys.exit(main())"
     env = {**os.environ, 'PYTHONIOENCODING': 'cp1252', 'PYTHONUTF8': '0'}
-    done = subprocess.run([sys.executable, '-c', start, *ARGS, '--data', str(root), '--size', '8'], cwd=tmp_path, env=env, capture_output=True)
+    command = [sys.executable, '-c', start, *ARGS, '--data', str(root), '--size', '8']
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True)
     assert done.returncode == 0, done.stderr.decode('cp1252')
     assert b'\\u03bb' in done.stdout and not done.stderr
     report = (tmp_path/'gini_demo_out'/'report.txt').read_text(encoding='utf-8')
@@ -377,8 +402,10 @@ def test_help_where_the_console_has_another_encoding():
 @pytest.mark.skipif(sys.platform == 'win32', reason="sends SIGINT")
 def test_ctrl_c_in_training(tmp_path):
     # a shell starts its background jobs with SIGINT ignored, and a child inherits that: a person's terminal does not
-    start = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from gini_loss.demo import main; sys.exit(main())"
-    p = subprocess.Popen([sys.executable, '-c', start, '--epochs', '1000', '--width', '2', '--device', 'cpu'], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    start = ("import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+             " from gini_loss.demo import main; sys.exit(main())")
+    command = [sys.executable, '-c', start, *'--epochs 1000 --width 2 --device cpu'.split()]
+    p = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         for line in p.stdout:
             if line.startswith('ResNet-18'): break

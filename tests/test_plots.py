@@ -76,7 +76,7 @@ def test_targets_that_are_no_labels_and_models_without_logits():
     body = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU())
     seen = inspect_layer(body, [(torch.rand(6, 3, 8, 8), torch.rand(6, 4))], '1')
     assert seen.diagnostics.probs.shape == (5, 4) and seen.logits is None
-    with pytest.raises(ValueError, match='no logits'): seen.right
+    with pytest.raises(ValueError, match='no logits'): _ = seen.right
     with_column = inspect_layer(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), [(torch.rand(6, 4), Y)], '0')
     assert with_column.right.shape == (6,)
 
@@ -144,7 +144,8 @@ def test_looking_needs_no_matplotlib():
     import subprocess, sys
     code = ("import sys; sys.modules.update(dict.fromkeys(['matplotlib', 'seaborn', 'pandas']))\n"
             "import torch; from gini_loss.plots import inspect_layer, plot_impurity\n"
-            "s = inspect_layer(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)), [(torch.rand(4, 2), torch.arange(4) % 2)])\n"
+            "net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))\n"
+            "s = inspect_layer(net, [(torch.rand(4, 2), torch.arange(4) % 2)])\n"
             "try: plot_impurity(s.diagnostics)\nexcept ImportError as e: print(e)")
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
     assert "gini_loss[plots]" in done.stdout, done.stderr
