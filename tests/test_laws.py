@@ -95,6 +95,16 @@ def test_no_term_pulls_at_the_scale_of_a_channel(loss):
     torch.testing.assert_close((M*gradient(loss, M, y)).sum(0), torch.zeros(M.shape[1], dtype=torch.double), **EXACT)
 
 
+@pytest.mark.parametrize("loss", [gini_loss, kl_loss])
+def test_a_faint_channel_is_pulled_harder_in_proportion(loss):
+    M, y = random_batch(1)
+    faint = M.clone()
+    faint[:, 0] /= 1000
+    expected = gradient(loss, M, y)
+    expected[:, 0] *= 1000
+    torch.testing.assert_close(gradient(loss, faint, y), expected, **EXACT)
+
+
 def test_preferences_grow_in_proportion_under_the_gini_term():
     """Gradient flow on the activations of a balanced batch: du/dt = 2(1+v)u/(c·n·m·s²).
     So dv/dt = 4v(1+v)/(c·n·m·s²), and ds/dt = -2v/(c·n·m·s)"""
