@@ -266,7 +266,7 @@ def every_draw(p, m):
 
 
 def expected_kl(P, w, counts, weight, target=None):
-    "E L_KL over all draws of channels with probabilities P (c, n), a share w (c,) of each; H^Y: the batch's, or `target`"
+    "E L_KL over all draws, of channels with probabilities P (c, n), a share w (c,) of each; H^Y the batch's or `target`"
     here = counts > 0
     R = P*here[:, None]                                         # (draws, c, n)
     total = R.sum(2)
@@ -335,7 +335,7 @@ def reading(S): return S/S.sum(-1, keepdim=True)
 
 @pytest.mark.parametrize("favourite", [None, .5])
 def test_bias_of_purity_read_from_a_batch_and_from_two_halves(favourite):
-    """Of q = ΣP², with variance σ² in each class: [(1+3q)Σσ² - 4ΣPσ²]/(2kT²) plain, 2[qΣσ² - ΣPσ²]/(kT²) from two halves.
+    """Of q = ΣP², variance σ² in each class: [(1+3q)Σσ² - 4ΣPσ²]/(2kT²) plain, 2[qΣσ² - ΣPσ²]/(kT²) from two halves.
     The next order is smaller by cv²/k: three times that and five standard errors are what we allow"""
     n, k, cv = 20, 10, .5
     P = torch.full((n,), 1/n, dtype=torch.double)
