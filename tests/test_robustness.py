@@ -28,9 +28,9 @@ from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from fastcore.foundation import L
 
-from gini_loss import callback
-from gini_loss.callback import GiniLossCallback
-from gini_loss.losses import GiniKLLoss
+from gini_loss import health
+from gini_loss.callback import GiniLossCallback, mixed_targets
+from gini_loss.losses import GiniKLLoss, Measured
 from gini_loss.tap import FeatureTap
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,7 @@ def weights(model): return torch.cat([p.detach().flatten().clone() for p in mode
 def hooks(model): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
 def columns(learn): return [m.name for m in learn.metrics]
 def terms(**kwargs): return GiniLossCallback(**{**dict(start_epoch=0), **kwargs})
-def clean(learn): return hooks(learn.model) == 0 and columns(learn) == [] and '_with_events' not in learn.__dict__ and learn.gini_loss._taps == []
+def clean(learn): return hooks(learn.model) == 0 and columns(learn) == [] and '_with_events' not in learn.__dict__
 def zero_loss(pred, y): return pred.sum()*0
 def relative(got, expected): return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
 
@@ -107,14 +107,14 @@ class OnCPU(MixedPrecision):
 
 def fit_against_float64(learn, cb, dtype, tolerance):
     "Fit; in each of the four steps the terms and their gradients are those of float64 on the CPU from the same activations, which came in as `dtype`"
-    seen, real = [], cb.losses[0].terms_and_live
-    def spy(A, y):
-        out = real(A, y)
+    seen, real = [], cb.losses[0].measure
+    def spy(A, y, mask=None):
+        out = real(A, y, mask)
         scale = 2.**10                                                             # float16 needs the scaler, here by hand
         grads = [torch.autograd.grad(t*scale, A, retain_graph=True)[0].detach().cpu().double()/scale for t in out[:2]]
         seen.append((A.detach().cpu(), y.detach().as_subclass(torch.Tensor).cpu(), [t.detach().cpu() for t in out[:2]], grads))
         return out
-    cb.losses[0].terms_and_live = spy
+    cb.losses[0].measure = spy
     fit(learn)
     assert len(seen) == 4
     for A, y, values, grads in seen:
@@ -234,7 +234,7 @@ def test_mixed_labels_do_not_grow_with_the_number_of_classes(mix):
     for n in (1000, 10**6):
         learn, mixer = get_learner(), mix()
         mixer.learn, mixer.stack_y, mixer.lam, mixer.yb1 = learn, True, torch.linspace(0, 1, 16), (Y[:16].flip(0),)
-        learn.cbs = L(mixer)
+        learn.cbs, learn.yb = L(mixer), (Y[:16],)
         A, sizes = torch.rand(16, 12, 4, generator=torch.Generator().manual_seed(0)).requires_grad_(), []
         class Sizes(TorchDispatchMode):
             def __torch_dispatch__(self, op, types, args=(), kwargs=None):
@@ -242,17 +242,17 @@ def test_mixed_labels_do_not_grow_with_the_number_of_classes(mix):
                 sizes.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor))
                 return out
         with Sizes():
-            y = callback._mixed_targets(Y[:16], learn)
-            values = GiniKLLoss(n_classes=n).terms_and_live(A, y)
-            bounds = callback._bounds(GiniKLLoss(n_classes=n), *values, y)
+            y = mixed_targets(learn)
+            values = GiniKLLoss(n_classes=n).measure(A, y)
+            bounds = health.batch_signs(values)
             grad, = torch.autograd.grad(values[0] + values[1], A)
         found[n] = *values[:2], grad, *bounds
         assert max(sizes) <= A.numel()                                             # neither (m, n) nor (c, n): 16,000 and 12,000 at a thousand classes
     for a, b in zip(*found.values()): torch.testing.assert_close(a, b, rtol=0, atol=0)
     dense = mixer.lam[:, None]*F.one_hot(Y[:16], N) + (1 - mixer.lam[:, None])*F.one_hot(Y[:16].flip(0), N)
     x = A.detach().requires_grad_()
-    values = GiniKLLoss().terms_and_live(x, dense)
-    for a, b in zip(found[10**6], (*values[:2], torch.autograd.grad(values[0] + values[1], x)[0], *callback._bounds(GiniKLLoss(), *values, dense))):
+    values = GiniKLLoss().measure(x, dense)
+    for a, b in zip(found[10**6], (*values[:2], torch.autograd.grad(values[0] + values[1], x)[0], *health.batch_signs(values))):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 # ---- Not finite ----
@@ -261,12 +261,12 @@ def test_on_a_gpu_the_callback_looks_for_what_is_not_finite_itself():
     "A check that fails on a GPU would end the process's use of it: there the loss is told not to check, after_train does, and names the layer. On the CPU the loss says it at once"
     seen = []
     for on_gpu in (False, True):
-        cb = terms(); learn = get_learner(cb, loss=zero_loss); real = cb.losses[0].terms_and_live
-        def spy(A, y):
+        cb = terms(); learn = get_learner(cb, loss=zero_loss); real = cb.losses[0].measure
+        def spy(A, y, mask=None):
             seen.append(cb.losses[0].check_finite)
-            cb.losses[0].check_finite = seen[-1] and not on_gpu                    # this machine's tensors are on the CPU
-            return real(A*float('nan'), y)
-        cb.losses[0].terms_and_live = spy
+            cb.losses[0].check_finite = seen[-1] and not on_gpu                     # this machine's tensors are on the CPU
+            return real(A*float('nan'), y, mask)
+        cb.losses[0].measure = spy
         with pytest.raises(ValueError) as e: fit(learn)
         assert "layer '3'" in str(e.value) and ('became NaN or infinite in epoch 0' if on_gpu else 'in 12 of 12 channels') in str(e.value)
         assert clean(learn)
@@ -274,8 +274,8 @@ def test_on_a_gpu_the_callback_looks_for_what_is_not_finite_itself():
     class OnGPU(torch.Tensor):
         is_cuda = True
     cb = terms(); learn = get_learner(cb, loss=zero_loss); flags = []
-    def stop(A, y): flags.append(cb.losses[0].check_finite); raise KeyboardInterrupt
-    cb.losses[0].terms_and_live = stop
+    def stop(A, y, mask=None): flags.append(cb.losses[0].check_finite); raise KeyboardInterrupt
+    cb.losses[0].measure = stop
     real = FeatureTap.pop
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FeatureTap, 'pop', lambda self: real(self).as_subclass(OnGPU))
@@ -451,9 +451,9 @@ def test_what_grows_is_seen():
 
 def test_activations_do_not_outlive_their_step():
     refs, cb = [], terms()
-    learn = get_learner(cb); real = cb.losses[0].terms_and_live
-    def spy(A, y): refs.append(weakref.ref(A)); return real(A, y)
-    cb.losses[0].terms_and_live = spy
+    learn = get_learner(cb); real = cb.losses[0].measure
+    def spy(A, y, mask=None): refs.append(weakref.ref(A)); return real(A, y, mask)
+    cb.losses[0].measure = spy
     class Look(Callback):
         order, run_valid, alive = 60, False, []
         def before_batch(self): self.alive.append(sum(r() is not None for r in refs))
@@ -720,9 +720,10 @@ def test_judging_waits_for_no_device_in_a_step(running):
     cb = terms(running=running); learn = get_learner(cb); fit(learn)
     A, read = torch.rand(16, 12).requires_grad_(), []
     for y in (Y[:16], F.one_hot(Y[:16], N).float()):
-        gini, kl, live = cb.losses[0].terms_and_live(A, y)
-        with NoWaiting(): cb._add(0, torch.stack([gini.detach(), kl.detach(), *callback._bounds(cb.losses[0], gini, kl, live, y)]), live, 16)
-        with pytest.raises(AssertionError, match="waits"), NoWaiting(): gini.item()                 # the check can fail
+        measured, seen = cb.losses[0].measure(A, y), health.LayerEpoch()
+        with NoWaiting():
+            for i in range(2): seen.add(measured, 16, i)
+        with pytest.raises(AssertionError, match="waits"), NoWaiting(): measured.gini.item()        # the check can fail
 
 def test_no_false_warning_in_the_demonstration():
     pytest.importorskip('sklearn')
@@ -731,22 +732,19 @@ def test_no_false_warning_in_the_demonstration():
         warnings.simplefilter('always'); run_demo(epochs=3, start_epoch=1, per_class=40, width=4, device='cpu')
     assert [str(w.message) for w in caught if 'GiniLossCallback' in str(w.message)] == []
 
-@pytest.mark.parametrize('n_classes', [N, None])
-def test_judging_with_several_processes_asks_nobody(n_classes, monkeypatch):
-    "The number of classes takes the place of the classes in the batch; unknown, only what needs no such number is judged. This process's labels alone would mislead"
-    monkeypatch.setattr(callback.dist, 'is_initialized', lambda: True); monkeypatch.setattr(callback.dist, 'get_world_size', lambda: 2)
-    loss, live = GiniKLLoss(n_classes=n_classes), torch.ones(3, dtype=torch.bool)
-    usable, gini, flat, one = callback._bounds(loss, torch.tensor(.75), torch.tensor(0.), live, torch.tensor([0, 0, 1]))
-    assert usable == 1 and gini == .75 and (flat == 0 if n_classes else flat.isnan())
-    loss.distributed = False
-    assert callback._bounds(loss, torch.tensor(.5), torch.tensor(0.), live, torch.tensor([0, 0, 1]))[2] == 0
+def test_judging_goes_by_the_labels_of_all_processes():
+    "The label mass that was summed over them: one class here is not one class everywhere, and n is that of the whole batch"
+    live, gini, kl = torch.ones(3, dtype=torch.bool), torch.tensor(.75), torch.tensor(0.)
+    usable, g, flat, one = health.batch_signs(Measured(gini, kl, live, torch.tensor([2., 1, 1, 0, 1])))
+    assert usable == 1 and g == .75 and flat == 0
+    assert health.batch_signs(Measured(gini, kl, live, torch.tensor([3., 0])))[0] == 0 and sum(health.batch_signs(Measured(gini, kl, live, torch.zeros(0)))) == 0
 
 @pytest.mark.parametrize('skipped', [0, 20])
 def test_judging_some_batches_of_an_epoch(skipped, monkeypatch):
     "The first sixteen and one of sixteen after that, and always the first that is trained on; the two terms are means over all"
     judged, seen = [], []
-    real = callback._bounds
-    monkeypatch.setattr(callback, '_bounds', lambda *args: judged.append(cb.learn.iter) or real(*args))
+    real = health.batch_signs
+    monkeypatch.setattr(health, 'batch_signs', lambda measured: judged.append(cb.learn.iter) or real(measured))
     class Skip(Callback):
         order = -1
         def before_batch(self):
@@ -755,7 +753,7 @@ def test_judging_some_batches_of_an_epoch(skipped, monkeypatch):
     class See(Callback):
         order = 5.5
         def after_loss(self):
-            if self.training: seen.append(cb._sums[0][:2] / cb._count[0])
+            if self.training: seen.append(list(cb.values.values()))
     cb = terms()
     k = -(-200//len(X))
     data = Pairs(zip(torch.cat([X]*k)[:200], torch.arange(200) % N))
@@ -764,4 +762,4 @@ def test_judging_some_batches_of_an_epoch(skipped, monkeypatch):
     assert told(learn) == []
     assert judged == ([*range(16), 16, 32, 48] if not skipped else [20, 32, 48]) and len(seen) == 50 - skipped
     means = [float(o) for o in seen[-1]]
-    assert len(cb._sums[0]) == 6 and means == pytest.approx([cb._mean(0, t).item() for t in (0, 1)]) and 0 < means[0] < 1
+    assert means == pytest.approx(learn.recorder.values[-1][-2:]) and 0 < means[0] < 1
