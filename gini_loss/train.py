@@ -293,7 +293,7 @@ class EpochLog(Callback):
         if _world_size() > 1:
             dist.all_reduce(train)
             train = train / _world_size()
-        terms = {m.name: m.value for m in self.learn.metrics}
+        terms = dict(self.learn.gini_loss.values)
         if self.learn.gini_loss.pulls: terms |= dict(zip(('grad_main', 'grad_gini', 'grad_kl'), self.learn.gini_loss.pulls[0]))
         terms |= self.learn.layer_log.terms
         values = torch.stack([torch.as_tensor(v, dtype=torch.float64).cpu() for v in
@@ -425,27 +425,6 @@ def _compile(model, config):
     _compiled_for[0] = graph
     return torch.compile(model, dynamic=False) # left to itself, torch takes the batch size for variable once validation has another one
 
-def _compile_terms(terms):
-    "A few kernels for the terms in place of a hundred small ones, whose launches are most of what they cost on a GPU"
-    for loss in terms.losses: loss.terms_and_live = _checked(loss.terms_and_live, torch.compile(loss.terms_and_live, dynamic=False))
-
-def _checked(eager, compiled):
-    "`compiled`; in the first step with a gradient, that is compared with the one of `eager`. Torch 2.11 had the values right and the gradient zero"
-    good = []
-    def terms(A, y):
-        if not good and A.requires_grad and torch.is_grad_enabled():
-            found = []
-            for f in (eager, compiled):
-                leaf = A.detach().requires_grad_()
-                gini, kl, _ = f(leaf, y)
-                found.append(torch.autograd.grad(gini + kl, leaf)[0].double())
-            apart, size = (found[1] - found[0]).norm().item(), found[0].norm().item()
-            if size < float('inf'):                                     # else after_train says what is wrong
-                if not apart <= 2e-2*size: raise RuntimeError(f"torch {torch.__version__} compiles the terms to a gradient that is {apart/max(size, 1e-30):.0%} off: use compile=False")
-                good.append(True)
-        return compiled(A, y)
-    return terms
-
 _OPTIMIZERS = dict(adam=torch.optim.Adam, adamax=torch.optim.Adamax, sgd=torch.optim.SGD)
 
 def build_learner(
@@ -463,8 +442,8 @@ def build_learner(
     opt_func = partial(OptimWrapper, opt=_OPTIMIZERS[config.optimizer], weight_decay=config.weight_decay,
                        **(dict(momentum=config.momentum) if config.optimizer == 'sgd' else {}))
     terms = GiniLossCallback(config.layer, config.lambda_gini, config.lambda_kl, config.start_epoch, config.rectify, config.reverse_kl,
-                             class_prior=config.class_prior, pull=not config.compile)
-    if config.compile and dls.device.type == 'cuda' and _world_size() == 1: _compile_terms(terms)
+                             class_prior=config.class_prior, pull=not config.compile,
+                             compile_terms=config.compile and dls.device.type == 'cuda')
     # fastai's own Recorder and progress bar read a number from the device in each step: they are left out
     learn = _RunLearner(dls, model, loss_func=cross_entropy, opt_func=opt_func, lr=config.lr, default_cbs=False,
                         cbs=[TrainEvalCallback(), terms, LayerLog(config), EpochLog(config), LearningRate(config), KeepBest(),

@@ -453,34 +453,6 @@ def test_switches_train(tmp_path, changes):
     record = run(small(epochs=2, **changes), tmp_path)
     assert record['epochs']['train_loss'][-1] < record['epochs']['train_loss'][0]
 
-def test_compiled_terms_and_eager_ones_agree():
-    "What the training engine does with the terms on a GPU, on this machine's device"
-    try: torch.compile(lambda x: x + 1)(torch.ones(2))
-    except Exception as e: pytest.skip(f"torch.compile does not work here ({type(e).__name__})")
-    c, columns = small(epochs=2, start_epoch=1), []
-    for compiled in (False, True):
-        learn = build_learner(c, build_dls(c, device='cpu'))
-        if compiled:
-            torch._dynamo.reset(); torch._dynamo.utils.counters.clear()
-            engine._compile_terms(learn.gini_loss)
-        learn.fit(2)
-        columns.append(learn.epoch_log.columns)
-    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 2 and not torch._dynamo.utils.counters['graph_break'] # with and without a gradient
-    for column in ('train_loss', 'train_gini', 'train_kl', 'train_total'): assert np.allclose(columns[0][column], columns[1][column], rtol=1e-3, atol=1e-4)
-
-def test_a_wrong_gradient_of_compiled_terms_is_found():
-    "Right values are not enough: the first step with a gradient compares it"
-    terms = lambda A, y: (A.mean(), A.square().mean(), None)
-    A, y = torch.rand(4, 3, requires_grad=True), None
-    for wrong in (lambda A, y: (A.mean(), A.square().mean().detach() + 0*A.sum(), None), lambda A, y: (2*A.mean() - A.mean().detach(), A.square().mean(), None)):
-        with pytest.raises(RuntimeError, match="compiles the terms to a gradient that is .*% off: use compile=False"): engine._checked(terms, wrong)(A, y)
-    calls = []
-    right = engine._checked(lambda A, y: calls.append(1) or terms(A, y), terms)
-    with torch.no_grad(): right(A, y)
-    assert not calls                    # nothing to compare without a gradient
-    for _ in range(3): right(A, y)
-    assert len(calls) == 1 and right(A, y)[0] == A.mean()
-
 def test_compiled_and_eager_agree(tmp_path):
     try: torch.compile(lambda x: x + 1)(torch.ones(2))
     except Exception as e: pytest.skip(f"torch.compile does not work here ({type(e).__name__})")
