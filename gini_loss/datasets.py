@@ -108,7 +108,7 @@ def pack_arrays(
 ) -> memoryview:
     "The bytes of an `.npz` file that ends with the digest of everything before it"
     file = io.BytesIO()
-    np.savez(file, **arrays)
+    np.savez(file, **arrays)  # type: ignore[arg-type]
     with zipfile.ZipFile(file, 'a') as z: z.comment = b'0'*_DIGEST
     raw = file.getbuffer()
     raw[-_DIGEST:] = digest(raw[:-_DIGEST]).encode()
@@ -189,7 +189,7 @@ and the superclass of each class, int64"""
 def _subfolders(path):
     return sorted((o for o in path.iterdir() if o.is_dir() and not o.name.startswith('.')), key=lambda o: o.name)
 
-def _given_path(root, what):
+def _given_path(root: str | Path, what: str) -> Path:
     "The path; ValueError for an empty one, which would be the current folder"
     if str(root) == '': raise ValueError(f"the path of {what} is empty: name a folder ('.' for the current one)")
     return Path(root)
@@ -354,10 +354,10 @@ def load_caltech12(
     download: bool = False # Let torchvision download Caltech 101 if it is absent
 ) -> ImageSet:
     "The 781 images of the twelve categories, labelled as in CIFAR-100. FileNotFoundError, ValueError for another count"
-    root = fastai_path('data') if root is None else _given_path(root, 'Caltech 101')
-    path = root/'caltech101'/'101_ObjectCategories'
+    folder = fastai_path('data') if root is None else _given_path(root, 'Caltech 101')
+    path = folder/'caltech101'/'101_ObjectCategories'
     _check_size(size)
-    if not path.is_dir(): _download_caltech101(root) if download else _raise_no_caltech101(path)
+    if not path.is_dir(): _download_caltech101(folder) if download else _raise_no_caltech101(path)
     files = {name: sorted((path/name).glob('image_*.jpg')) for name in CALTECH12}
     expected = {name: n for name, (_, n) in CALTECH12.items()}
     wrong = [f"{name}: {len(files[name])} instead of {n}" for name, n in expected.items() if len(files[name]) != n]
@@ -429,15 +429,15 @@ def class_folders(
     path: str | Path # Folder with one subfolder of images per class
 ) -> list[Path]:
     "The folder of each class, sorted by name. FileNotFoundError, NotADirectoryError; ValueError for splits, one class"
-    path = _given_path(path, 'the images')
+    home = _given_path(path, 'the images')
     expected = "expected a folder with a subfolder of images per class"
-    if not path.exists(): raise FileNotFoundError(f"no folder {path}: {expected}")
-    if not path.is_dir(): raise NotADirectoryError(f"{path} is a file: {expected}")
-    home = path.resolve()
-    folders = [o for o in _subfolders(path) if not home.is_relative_to(o.resolve())]  # no link that leads back or up
+    if not home.exists(): raise FileNotFoundError(f"no folder {path}: {expected}")
+    if not home.is_dir(): raise NotADirectoryError(f"{path} is a file: {expected}")
+    real = home.resolve()
+    folders = [o for o in _subfolders(home) if not real.is_relative_to(o.resolve())]  # no link that leads back or up
+    _check_no_splits(home, folders)
     if len(folders) < 2:
         raise ValueError(f"{path} has {len(folders)} class folders, expected at least 2, each with its images inside")
-    _check_no_splits(path, folders)
     names = {}
     for o in folders: names.setdefault(o.resolve(), []).append(o.name)
     twice = [' and '.join(o) for o in names.values() if len(o) > 1]

@@ -100,7 +100,7 @@ def describe_error(
 
 # %% ../nbs/26_files.ipynb #47111e95
 def digest(
-    data: bytes | Iterable[bytes], # the bytes, in one piece or in several
+    data: bytes | memoryview | Iterable[bytes], # the bytes, in one piece or in several
 ) -> str:
     "32 hexadecimal digits that change with any bit of `data`"
     found = blake2b(digest_size=16)
