@@ -6,7 +6,7 @@
 __all__ = ['channels_of', 'name_channels', 'ablate', 'evaluating', 'Explanation', 'explain', 'layer_batches', 'StrongestImages',
            'strongest_images', 'plot_explanation']
 
-# %% ../nbs/42_channels.ipynb #916537f9
+# %% ../nbs/42_channels.ipynb #a1a30859
 import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
