@@ -1,13 +1,15 @@
-"""What the loss costs: time and memory beside other losses, how they grow, their share of a training step, inference, training throughput, and start-up.
+"""What the loss costs: time and memory beside other losses, how they grow, their share of a training step, inference,
+training throughput, and start-up.
 
-    python benchmarks/cost.py                # everything; some 6 minutes on two quiet cores; writes benchmarks/results/cost-<device>.json
-    python benchmarks/cost.py --quick        # a minute, fewer rounds and sizes; prints, writes nothing unless --out is given
+    python benchmarks/cost.py            # everything, some 6 minutes on two quiet cores; writes a record to results/
+    python benchmarks/cost.py --quick    # a minute, fewer rounds and sizes; writes nothing unless --out is given
     python benchmarks/cost.py --only import step
 
-Everything that is compared runs side by side: a round runs each candidate in turn, so that a change in the machine's load meets all of them. Shown: the
-median over the rounds, the smallest and the largest; a ratio is the median of the ratios within each round. Times are forward and backward together.
-On Linux the C library is told to keep memory that was freed, as a GPU's allocator does: else a candidate pays, by chance, for pages that another gave back.
-The other losses come from pytorch-metric-learning; without it they are left out (install it with: pip install pytorch-metric-learning).
+Everything that is compared runs side by side: a round runs each candidate in turn, so that a change in the machine's
+load meets all of them. Shown are the median over the rounds, the smallest and the largest; a ratio is the median of
+the ratios within each round. Times are forward and backward together. On Linux the C library is told to keep memory
+that was freed, as a GPU's allocator does: else a candidate pays, by chance, for pages that another gave back.
+The other losses come from pytorch-metric-learning; without it they are left out (pip install pytorch-metric-learning).
 """
 import argparse, ctypes, datetime, json, math, os, platform, statistics, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
@@ -15,7 +17,6 @@ from pathlib import Path
 os.environ.setdefault('KINETO_LOG_LEVEL', '5')
 warnings.filterwarnings('ignore')
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from gini_loss.losses import GiniKLLoss
@@ -54,13 +55,16 @@ class Timer:
         self.wait()
         return (time.perf_counter() - start) / k
     def compare(self, candidates, rounds=None, at_least=.02):
-        "`{name: {median, low, high, rounds}}` in seconds; the first rounds warm up and say how often to repeat what is short"
+        """`{name: {median, low, high, rounds}}` in seconds; the first rounds warm up and say how often to repeat what
+        is short"""
         for f in candidates.values(): self.once(f)
-        times = {name: max(1, min(200, math.ceil(at_least / max(self.once(f), 1e-7)))) for name, f in candidates.items()}
+        times = {
+            name: max(1, min(200, math.ceil(at_least / max(self.once(f), 1e-7)))) for name, f in candidates.items()
+        }
         rows = {name: [] for name in candidates}
         for _ in range(rounds or self.rounds):
             for name, f in candidates.items():
-                f()                                                      # its own data and memory in place of the previous candidate's
+                f()  # its own data and memory in place of the previous candidate's
                 rows[name].append(self.once(f, times[name]))
         return {name: summary(o) for name, o in rows.items()}
 
@@ -87,7 +91,9 @@ def peak_bytes(f, device):
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof: f()
     now = peak = 0
-    for e in sorted((e for e in prof.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns()):
+    for e in sorted(
+        (e for e in prof.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns()
+    ):
         now += e.nbytes(); peak = max(peak, now)
     return peak
 
@@ -120,12 +126,15 @@ def plain(A, y, n):
 
 def bandwidth(timer):
     "Bytes per second of reading one large array and of copying it"
-    x = torch.rand(2**26 if timer.device.type == 'cuda' else 2**24, device=timer.device); z = torch.empty_like(x); nbytes = x.numel()*4
+    x = torch.rand(2**26 if timer.device.type == 'cuda' else 2**24, device=timer.device)
+    z = torch.empty_like(x)
+    nbytes = x.numel() * 4
     t = timer.compare(dict(read=lambda: x.sum(), copy=lambda: z.copy_(x)))
     return dict(read=nbytes / t['read']['median'], copy=2*nbytes / t['copy']['median'])
 
 def floor_seconds(A, speed):
-    "What the hardware allows: the maps are read once on the way forward; on the way back they are read once and their gradient is written"
+    """What the hardware allows: the maps are read once on the way forward; on the way back they are read once and their
+    gradient is written"""
     nbytes = A.numel() * A.element_size()
     return nbytes / speed['read'] + 2*nbytes / speed['copy']
 
@@ -135,22 +144,44 @@ def section_losses(timer, speed, quick):
     logits = torch.randn(m, n, device=timer.device).requires_grad_()
     losses = {'gini_loss': ours(A, y, n), 'plain one-hot form': plain(A, y, n)}
     inputs = {name: A for name in losses}
-    try: from pytorch_metric_learning import losses as pml
-    except ImportError: print("pytorch-metric-learning is not installed: its losses are left out. To have them: pip install pytorch-metric-learning")
+    try:
+        from pytorch_metric_learning import losses as pml
+    except ImportError:
+        print(
+            "pytorch-metric-learning is not installed: its losses are left out. To have them: pip install"
+            " pytorch-metric-learning"
+        )
     else:
-        for name, loss in {'SupConLoss': pml.SupConLoss(), 'ProxyNCALoss (a centre per class)': pml.ProxyNCALoss(n, c), 'ArcFaceLoss': pml.ArcFaceLoss(n, c)}.items():
-            losses[name] = lambda loss=loss.to(timer.device): loss(A.mean((2, 3)), y); inputs[name] = A
+        for name, loss in {
+            'SupConLoss': pml.SupConLoss(),
+            'ProxyNCALoss (a centre per class)': pml.ProxyNCALoss(n, c),
+            'ArcFaceLoss': pml.ArcFaceLoss(n, c),
+        }.items():
+            loss.to(timer.device)
+            losses[name], inputs[name] = (lambda loss=loss: loss(A.mean((2, 3)), y)), A
     name = 'cross-entropy, label smoothing (logits only)'
     losses[name] = lambda: F.cross_entropy(logits, y, label_smoothing=.1); inputs[name] = logits
     times = timer.compare({k: both(f, inputs[k]) for k, f in losses.items()})
-    rows = [dict(name=k, seconds=times[k], ratio=ratio(times[k], times['gini_loss']), peak_bytes=peak_bytes(both(f, inputs[k]), timer.device),
-                 kept_bytes=kept_bytes(f, inputs[k])) for k, f in losses.items()]
+    rows = [
+        dict(
+            name=k,
+            seconds=times[k],
+            ratio=ratio(times[k], times['gini_loss']),
+            peak_bytes=peak_bytes(both(f, inputs[k]), timer.device),
+            kept_bytes=kept_bytes(f, inputs[k]),
+        )
+        for k, f in losses.items()
+    ]
     out = dict(shape=list(A.shape), n=n, map_bytes=A.numel()*4, floor_seconds=floor_seconds(A, speed), rows=rows)
-    print(f"\nForward and backward on {tuple(A.shape)}, {n} classes; the maps are {A.numel()*4/2**20:.1f} MiB, the hardware's floor is {1e3*out['floor_seconds']:.2f} ms")
+    print(
+        f"\nForward and backward on {tuple(A.shape)}, {n} classes; the maps are {A.numel() * 4 / 2**20:.1f} MiB, the"
+        f" hardware's floor is {1e3 * out['floor_seconds']:.2f} ms"
+    )
     print(f"{'':<46}{'ms, median (range)':>28}{'against gini_loss':>19}{'peak MiB':>10}{'kept MiB':>10}")
     for r in rows:
-        s = r['seconds']
-        print(f"{r['name']:<46}{f'''{1e3*s['median']:.2f} ({1e3*s['low']:.2f} to {1e3*s['high']:.2f})''':>28}{r['ratio']['median']:>18.2f}×{r['peak_bytes']/2**20:>10.2f}{r['kept_bytes']/2**20:>10.2f}")
+        s, peak, kept = r['seconds'], r['peak_bytes'] / 2**20, r['kept_bytes'] / 2**20
+        took = f"{1e3*s['median']:.2f} ({1e3*s['low']:.2f} to {1e3*s['high']:.2f})"
+        print(f"{r['name']:<46}{took:>28}{r['ratio']['median']:>18.2f}×{peak:>10.2f}{kept:>10.2f}")
     return out
 
 
@@ -164,14 +195,29 @@ def sweep(timer, name, xs, quick, most_plain=math.inf, **fixed):
             if form == 'ours' or sizes['n'] <= most_plain: candidates[x, form] = (both(make(A, y, sizes['n']), A), A)
     times = timer.compare({k: f for k, (f, _) in candidates.items()})
     for (x, form), (f, A) in candidates.items():
-        points.append(dict(x=x, form=form, seconds=times[x, form], peak_bytes=peak_bytes(f, timer.device), map_bytes=A.numel()*4))
+        points.append(
+            dict(
+                x=x, form=form, seconds=times[x, form], peak_bytes=peak_bytes(f, timer.device), map_bytes=A.numel() * 4
+            )
+        )
     exponents = {}
     for form in ('ours', 'plain'):
         p = [q for q in points if q['form'] == form]
-        exponents[form] = {key: slope([q['x'] for q in p], ys) for key, ys in dict(seconds=[q['seconds']['median'] for q in p], peak_bytes=[q['peak_bytes'] for q in p]).items()}
+        exponents[form] = {
+            key: slope([q['x'] for q in p], ys)
+            for key, ys in dict(
+                seconds=[q['seconds']['median'] for q in p], peak_bytes=[q['peak_bytes'] for q in p]
+            ).items()
+        }
     print(f"\n{name}: " + ', '.join(f"{k}={v}" for k, v in {**DEFAULT, **fixed}.items() if k != name))
-    for p in points: print(f"  {p['x']:>9,} {p['form']:<6}{1e3*p['seconds']['median']:>9.2f} ms{p['peak_bytes']/2**20:>10.2f} MiB")
-    print('  exponents: ' + ', '.join(f"{form} {e['seconds']:.2f} (time) {e['peak_bytes']:.2f} (memory)" for form, e in exponents.items()))
+    for p in points:
+        print(
+            f"  {p['x']:>9,} {p['form']:<6}{1e3 * p['seconds']['median']:>9.2f} ms{p['peak_bytes'] / 2**20:>10.2f} MiB"
+        )
+    print(
+        '  exponents: '
+        + ', '.join(f"{form} {e['seconds']:.2f} (time) {e['peak_bytes']:.2f} (memory)" for form, e in exponents.items())
+    )
     return dict(fixed={k: v for k, v in {**DEFAULT, **fixed}.items() if k != name}, points=points, exponents=exponents)
 
 def section_classes(timer, speed, quick):
@@ -181,21 +227,54 @@ def section_classes(timer, speed, quick):
     return out
 
 def sweep_classes(timer, quick, **fixed):
-    out = sweep(timer, 'n', [10, 100, 1000, 10**6] if quick else [10, 30, 100, 300, 1000, 10**4, 10**5, 10**6], quick, most_plain=1000 if quick else 10**4, **fixed)
-    mine = {p['x']: p for p in out['points'] if p['form'] == 'ours'}; plain100 = next(p for p in out['points'] if p['form'] == 'plain' and p['x'] == 100)
-    out['flat'] = {key: dict(million_to_ten=f(mine[10**6], mine[10]), most_to_ten=max(f(p, mine[10]) for p in mine.values()), million_to_plain_100=f(mine[10**6], plain100))
-                   for key, f in dict(seconds=lambda a, b: ratio(a['seconds'], b['seconds'])['median'], peak_bytes=lambda a, b: a['peak_bytes'] / b['peak_bytes']).items()}
-    print('  ' + '; '.join(f"{key}: a million classes to ten {v['million_to_ten']:.2f}×, at most {v['most_to_ten']:.2f}×, to the plain form at 100 {v['million_to_plain_100']:.2f}×" for key, v in out['flat'].items()))
+    out = sweep(
+        timer,
+        'n',
+        [10, 100, 1000, 10**6] if quick else [10, 30, 100, 300, 1000, 10**4, 10**5, 10**6],
+        quick,
+        most_plain=1000 if quick else 10**4,
+        **fixed,
+    )
+    mine = {p['x']: p for p in out['points'] if p['form'] == 'ours'}
+    plain100 = next(p for p in out['points'] if p['form'] == 'plain' and p['x'] == 100)
+    out['flat'] = {
+        key: dict(
+            million_to_ten=f(mine[10**6], mine[10]),
+            most_to_ten=max(f(p, mine[10]) for p in mine.values()),
+            million_to_plain_100=f(mine[10**6], plain100),
+        )
+        for key, f in dict(
+            seconds=lambda a, b: ratio(a['seconds'], b['seconds'])['median'],
+            peak_bytes=lambda a, b: a['peak_bytes'] / b['peak_bytes'],
+        ).items()
+    }
+    print(
+        '  '
+        + '; '.join(
+            f"{key}: a million classes to ten {v['million_to_ten']:.2f}×, at most {v['most_to_ten']:.2f}×, to the"
+            f" plain form at 100 {v['million_to_plain_100']:.2f}×"
+            for key, v in out['flat'].items()
+        )
+    )
     return out
 
 def section_sizes(timer, speed, quick):
-    grids = dict(m=[64, 256, 1024], c=[64, 256, 1024], side=[2, 4, 8]) if quick else dict(m=[32, 64, 128, 256, 512, 1024], c=[64, 128, 256, 512, 1024, 2048], side=[1, 2, 4, 7, 10, 14])
-    return {name: sweep(timer, name, xs, quick, **(dict(m=128) if name == 'side' else {})) for name, xs in grids.items()}
+    grids = (
+        dict(m=[64, 256, 1024], c=[64, 256, 1024], side=[2, 4, 8])
+        if quick
+        else dict(m=[32, 64, 128, 256, 512, 1024], c=[64, 128, 256, 512, 1024, 2048], side=[1, 2, 4, 7, 10, 14])
+    )
+    return {
+        name: sweep(timer, name, xs, quick, **(dict(m=128) if name == 'side' else {})) for name, xs in grids.items()
+    }
 
 
 def section_step(timer, speed, quick):
     from gini_loss.models import resnet18
-    gpu = timer.device.type == 'cuda'; m = 500 if gpu else 64; rounds = (15 if gpu else 5) if quick else (31 if gpu else 9)
+
+    gpu = timer.device.type == 'cuda'
+    m = 500 if gpu else 64
+    rounds = (15 if gpu else 5) if quick else (31 if gpu else 9)
     torch.manual_seed(0)
     model = resnet18(100).to(timer.device); opt = torch.optim.SGD(model.parameters(), lr=.01, momentum=.9)
     x, y = torch.randn(m, 3, 32, 32, device=timer.device), torch.randint(0, 100, (m,), device=timer.device)
@@ -208,15 +287,33 @@ def section_step(timer, speed, quick):
     def without(): step(False)
     def with_terms():
         with tap: step(True)
-    with tap, torch.autocast(timer.device.type, torch.bfloat16, enabled=gpu): model(x); A = tap.pop().detach().requires_grad_()
+
+    with tap, torch.autocast(timer.device.type, torch.bfloat16, enabled=gpu):
+        model(x)
+        A = tap.pop().detach().requires_grad_()
     alone = both(lambda: aux(A, y), A)
     times = timer.compare({'step': without, 'step with the terms': with_terms, 'the terms alone': alone}, rounds)
     share, change = ratio(times['the terms alone'], times['step']), ratio(times['step with the terms'], times['step'])
-    out = dict(arch='resnet18', m=m, dtype='bfloat16' if gpu else 'float32', maps=list(A.shape), seconds=times, share=share, change=change,
-               peak_bytes={k: peak_bytes(f, timer.device) for k, f in {'step': without, 'step with the terms': with_terms}.items()})
-    print(f"\nResNet-18 on {m} images of 32×32 ({out['dtype']}): step {1e3*times['step']['median']:.1f} ms, the terms alone {1e3*times['the terms alone']['median']:.2f} ms:"
-          f" {100*share['median']:.2f} % ({100*share['low']:.2f} to {100*share['high']:.2f}); step with them {100*change['median']:.1f} % ({100*change['low']:.1f} to {100*change['high']:.1f}) of one without")
-    if out['peak_bytes']: print("  peak memory of a step: " + ', '.join(f"{k} {v/2**20:.1f} MiB" for k, v in out['peak_bytes'].items()))
+    out = dict(
+        arch='resnet18',
+        m=m,
+        dtype='bfloat16' if gpu else 'float32',
+        maps=list(A.shape),
+        seconds=times,
+        share=share,
+        change=change,
+        peak_bytes={
+            k: peak_bytes(f, timer.device) for k, f in {'step': without, 'step with the terms': with_terms}.items()
+        },
+    )
+    print(
+        f"\nResNet-18 on {m} images of 32×32 ({out['dtype']}): step {1e3 * times['step']['median']:.1f} ms, the"
+        f" terms alone {1e3 * times['the terms alone']['median']:.2f} ms:"
+        f" {100 * share['median']:.2f} % ({100 * share['low']:.2f} to {100 * share['high']:.2f}); step with them"
+        f" {100 * change['median']:.1f} % ({100 * change['low']:.1f} to {100 * change['high']:.1f}) of one without"
+    )
+    if out['peak_bytes']:
+        print("  peak memory of a step: " + ', '.join(f"{k} {v / 2**20:.1f} MiB" for k, v in out['peak_bytes'].items()))
     return out
 
 
@@ -227,15 +324,27 @@ def section_inference(timer, speed, quick):
     tapped, never = network(), network()
     x, y = torch.randn(8, 3, 32, 32, device=timer.device), torch.randint(0, 100, (8,), device=timer.device)
     state = {k: v.clone() for k, v in tapped.state_dict().items()}
-    with FeatureTap(tapped) as tap: logits = tapped(x); (F.cross_entropy(logits, y) + GiniKLLoss()(tap.pop(), y)).backward()
+    with FeatureTap(tapped) as tap:
+        logits = tapped(x)
+        (F.cross_entropy(logits, y) + GiniKLLoss()(tap.pop(), y)).backward()
     tapped.zero_grad(set_to_none=True); tapped.load_state_dict(state)
     programs = [torch.export.export(net.eval(), (x,)).graph_module.code for net in (tapped, never)]
     with torch.no_grad():
         times = timer.compare({'trained with the loss': lambda: tapped(x), 'never': lambda: never(x)})
         equal = torch.equal(tapped(x), never(x))
-    out = dict(width=width, images=len(x), identical_graph=programs[0] == programs[1], identical_output=equal, seconds=times, ratio=ratio(times['trained with the loss'], times['never']))
-    print(f"\nInference after training with the loss: the exported graphs are {'identical' if out['identical_graph'] else 'DIFFERENT'}, outputs {'identical' if equal else 'DIFFERENT'},"
-          f" time {out['ratio']['median']:.3f}× ({out['ratio']['low']:.3f} to {out['ratio']['high']:.3f})")
+    out = dict(
+        width=width,
+        images=len(x),
+        identical_graph=programs[0] == programs[1],
+        identical_output=equal,
+        seconds=times,
+        ratio=ratio(times['trained with the loss'], times['never']),
+    )
+    print(
+        f"\nInference after training with the loss: the exported graphs are"
+        f" {'identical' if out['identical_graph'] else 'DIFFERENT'}, outputs {'identical' if equal else 'DIFFERENT'},"
+        f" time {out['ratio']['median']:.3f}× ({out['ratio']['low']:.3f} to {out['ratio']['high']:.3f})"
+    )
     return out
 
 
@@ -254,7 +363,8 @@ def cifar_files(n, folder):
     return files, 'random images (CIFAR-100 is not on disk)'
 
 def section_throughput(timer, speed, quick):
-    "Whole epochs of a fastai Learner: the device-resident loader, with the terms and without, against the stock loaders, same network and augmentation"
+    """Whole epochs of a fastai Learner: the device-resident loader, with the terms and without, against the stock
+    loaders, same network and augmentation"""
     import numpy as np
     from fastai.callback.progress import ProgressCallback
     from fastai.data.transforms import Normalize
@@ -273,43 +383,96 @@ def section_throughput(timer, speed, quick):
     with tempfile.TemporaryDirectory() as folder:
         files, source = cifar_files(n, folder)
         names = sorted({f.parent.name for f in files})
-        images = torch.from_numpy(np.stack([np.asarray(Image.open(f).convert('RGB')) for f in files])).permute(0, 3, 1, 2).contiguous()
+        images = (
+            torch.from_numpy(np.stack([np.asarray(Image.open(f).convert('RGB')) for f in files]))
+            .permute(0, 3, 1, 2)
+            .contiguous()
+        )
         labels = torch.tensor([names.index(f.parent.name) for f in files])
         ours = lambda: device_dls((images, labels), (images[:bs], labels[:bs]), classes=names, bs=bs, device=device)
-        stock = lambda workers: ImageDataLoaders.from_lists(files[0].parents[1], files, [f.parent.name for f in files], valid_pct=bs/n, bs=bs, num_workers=workers, device=device,
-            item_tfms=[CropPad(40), RandomCrop(32), FlipItem(.5)], batch_tfms=Normalize.from_stats(CIFAR100_MEAN, CIFAR100_STD))
+        stock = lambda workers: ImageDataLoaders.from_lists(
+            files[0].parents[1],
+            files,
+            [f.parent.name for f in files],
+            valid_pct=bs / n,
+            bs=bs,
+            num_workers=workers,
+            device=device,
+            item_tfms=[CropPad(40), RandomCrop(32), FlipItem(0.5)],
+            batch_tfms=Normalize.from_stats(CIFAR100_MEAN, CIFAR100_STD),
+        )
+
         def learner(dls, *cbs):
             torch.manual_seed(0)
-            learn = Learner(dls, resnet18(100, width=width), loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=.01, cbs=cbs)
+            learn = Learner(
+                dls, resnet18(100, width=width), loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=0.01, cbs=cbs
+            )
             learn.remove_cb(ProgressCallback); learn._do_epoch_validate = lambda *a, **k: None     # training alone
             return learn
-        loops = {'gini_loss engine': learner(ours(), GiniLossCallback(start_epoch=0)), 'gini_loss engine, terms off': learner(ours()),
-                 'fastai stock, no workers': learner(stock(0))}
+
+        loops = {
+            'gini_loss engine': learner(ours(), GiniLossCallback(start_epoch=0)),
+            'gini_loss engine, terms off': learner(ours()),
+            'fastai stock, no workers': learner(stock(0)),
+        }
         if cores > 1: loops[f'fastai stock, {cores} workers'] = learner(stock(cores))
-        model = loops['gini_loss engine, terms off'].model; opt = torch.optim.SGD(model.parameters(), lr=.01)
+        model = loops['gini_loss engine, terms off'].model
         x, y = torch.randn(bs, 3, 32, 32, device=device), torch.randint(0, 100, (bs,), device=device)
         def compute():
             for _ in range(n//bs): F.cross_entropy(model(x), y).backward()
         def fit(learn):
             with learn.no_logging(): learn.fit(1)
-        times = timer.compare({**{name: (lambda l=l: fit(l)) for name, l in loops.items()}, 'forward and backward alone': compute}, rounds, at_least=0)
-        seen = {name: sum(len(b[0]) for b in l.dls.train) for name, l in loops.items()}; seen['forward and backward alone'] = n//bs*bs
+
+        times = timer.compare(
+            {**{name: (lambda l=l: fit(l)) for name, l in loops.items()}, 'forward and backward alone': compute},
+            rounds,
+            at_least=0,
+        )
+        seen = {name: sum(len(b[0]) for b in l.dls.train) for name, l in loops.items()}
+        seen['forward and backward alone'] = n // bs * bs
     rows = {}
     for name, t in times.items():
-        per_image = [s/seen[name] for s in t['rounds']]; base = [s/seen['forward and backward alone'] for s in times['forward and backward alone']['rounds']]
-        rows[name] = dict(images_per_second=summary([1/s for s in per_image]), not_compute=summary([1 - b/s for s, b in zip(per_image, base)]))
+        per_image = [s / seen[name] for s in t['rounds']]
+        base = [s / seen['forward and backward alone'] for s in times['forward and backward alone']['rounds']]
+        rows[name] = dict(
+            images_per_second=summary([1 / s for s in per_image]),
+            not_compute=summary([1 - b / s for s, b in zip(per_image, base)]),
+        )
     best = max((k for k in rows if k.startswith('fastai')), key=lambda k: rows[k]['images_per_second']['median'])
-    out = dict(source=source, images=n, bs=bs, width=width, rows=rows, faster_stock=best, ratio=ratio(rows['gini_loss engine']['images_per_second'], rows[best]['images_per_second']))
-    print(f"\nTraining loop, ResNet-18 of width {width}, batches of {bs}, {n:,} {source} images{'' if not gpu else ', float32'}")
+    out = dict(
+        source=source,
+        images=n,
+        bs=bs,
+        width=width,
+        rows=rows,
+        faster_stock=best,
+        ratio=ratio(rows['gini_loss engine']['images_per_second'], rows[best]['images_per_second']),
+    )
+    print(
+        f"\nTraining loop, ResNet-18 of width {width}, batches of {bs}, {n:,} {source}"
+        f" images{'' if not gpu else ', float32'}"
+    )
     for name, r in rows.items():
-        o = r['images_per_second']; print(f"  {name:<30}{o['median']:>9,.0f} images/s ({o['low']:,.0f} to {o['high']:,.0f}), not forward and backward {100*r['not_compute']['median']:.0f} %")
-    print(f"  with the terms, against the faster stock loop: {out['ratio']['median']:.2f}× ({out['ratio']['low']:.2f} to {out['ratio']['high']:.2f})")
+        o = r['images_per_second']
+        print(
+            f"  {name:<30}{o['median']:>9,.0f} images/s ({o['low']:,.0f} to {o['high']:,.0f}), not forward and"
+            f" backward {100 * r['not_compute']['median']:.0f} %"
+        )
+    print(
+        f"  with the terms, against the faster stock loop: {out['ratio']['median']:.2f}× ({out['ratio']['low']:.2f}"
+        f" to {out['ratio']['high']:.2f})"
+    )
     return out
 
 
 def section_import(timer, speed, quick):
     def seconds(module):
-        start = time.perf_counter(); subprocess.run([sys.executable, '-c', f'import {module}'], check=True, env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)})
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, '-c', f'import {module}'],
+            check=True,
+            env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)},
+        )
         return time.perf_counter() - start
     rows = {'torch': [], 'gini_loss': []}
     for i in range((3 if quick else 9) + 1):
@@ -317,8 +480,16 @@ def section_import(timer, speed, quick):
             t = seconds(module)
             if i: rows[module].append(t)                                 # the first round warms the disk's cache
     rows = {k: summary(v) for k, v in rows.items()}
-    out = dict(seconds=rows, ratio=dict(of_medians=rows['gini_loss']['median'] / rows['torch']['median'], **ratio(rows['gini_loss'], rows['torch'])))
-    print(f"\nStart-up: import torch {rows['torch']['median']:.2f} s, import gini_loss {rows['gini_loss']['median']:.2f} s: {out['ratio']['of_medians']:.3f}×; goal: under 1.3×")
+    out = dict(
+        seconds=rows,
+        ratio=dict(
+            of_medians=rows['gini_loss']['median'] / rows['torch']['median'], **ratio(rows['gini_loss'], rows['torch'])
+        ),
+    )
+    print(
+        f"\nStart-up: import torch {rows['torch']['median']:.2f} s, import gini_loss"
+        f" {rows['gini_loss']['median']:.2f} s: {out['ratio']['of_medians']:.3f}×; goal: under 1.3×"
+    )
     return out
 
 
@@ -329,18 +500,36 @@ def version(name):
 
 def hardware(device):
     if device.type == 'cuda': return torch.cuda.get_device_name(device)
-    try: return next(l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name'))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
+    try:
+        return next(
+            l.split(':')[1].strip()
+            for l in Path('/proc/cpuinfo').read_text().splitlines()
+            if l.startswith('model name')
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--quick', action='store_true', help='fewer rounds and sizes; writes nothing unless --out is given')
-    parser.add_argument('--only', nargs='+', choices=SECTIONS, default=SECTIONS, metavar='SECTION', help=f"some of: {', '.join(SECTIONS)}")
+    parser.add_argument(
+        '--quick', action='store_true', help='fewer rounds and sizes; writes nothing unless --out is given'
+    )
+    parser.add_argument(
+        '--only',
+        nargs='+',
+        choices=SECTIONS,
+        default=SECTIONS,
+        metavar='SECTION',
+        help=f"some of: {', '.join(SECTIONS)}",
+    )
     parser.add_argument('--rounds', type=int, help='turns of each candidate (default 21, quick 5)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--threads', type=int, help="torch's threads (default: torch's own choice)")
-    parser.add_argument('--out', help='file for the record (default: benchmarks/results/cost-<cpu or the name of the GPU>.json for a whole run)')
+    parser.add_argument(
+        '--out',
+        help='file for the record (default: benchmarks/results/cost-<cpu or the name of the GPU>.json for a whole run)',
+    )
     args = parser.parse_args()
     if args.threads: torch.set_num_threads(args.threads)
     device, start = torch.device(args.device), time.perf_counter()
@@ -348,17 +537,37 @@ def main():
     timer = Timer(device, args.rounds or (5 if args.quick else 21))
     load = lambda: [round(v, 2) for v in os.getloadavg()] if hasattr(os, 'getloadavg') else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    record = dict(benchmark='cost', date=datetime.date.today().isoformat(), quick=args.quick, sections=list(args.only), device=device.type, hardware=hardware(device), cores=cores,
-                  threads=torch.get_num_threads(), rounds=timer.rounds, keeps_freed_memory=keep_freed_memory(), load_before=load(), python=platform.python_version(),
-                  versions={k: version(k) for k in ('torch', 'fastai', 'pytorch-metric-learning', 'gini_loss')})
+    record = dict(
+        benchmark='cost',
+        date=datetime.date.today().isoformat(),
+        quick=args.quick,
+        sections=list(args.only),
+        device=device.type,
+        hardware=hardware(device),
+        cores=cores,
+        threads=torch.get_num_threads(),
+        rounds=timer.rounds,
+        keeps_freed_memory=keep_freed_memory(),
+        load_before=load(),
+        python=platform.python_version(),
+        versions={k: version(k) for k in ('torch', 'fastai', 'pytorch-metric-learning', 'gini_loss')},
+    )
     record['versions']['torch'] = torch.__version__
-    print(f"{record['hardware']}, {cores} cores, {record['threads']} threads, load average {record['load_before'] and record['load_before'][0]}, torch {torch.__version__}")
+    print(
+        f"{record['hardware']}, {cores} cores, {record['threads']} threads, load average"
+        f" {record['load_before'] and record['load_before'][0]}, torch {torch.__version__}"
+    )
     record['bandwidth'] = speed = bandwidth(timer)
     print(f"reading {speed['read']/1e9:.1f} GB/s, copying {speed['copy']/1e9:.1f} GB/s (read and written)")
     for name in args.only: record[name] = globals()[f'section_{name}'](timer, speed, args.quick)
     record.update(load_after=load(), seconds=round(time.perf_counter() - start, 1))
-    out = args.out or (None if args.quick or set(args.only) != set(SECTIONS) else
-                       Path(__file__).parent / 'results' / f"cost-{'cpu' if device.type == 'cpu' else record['hardware'].lower().replace(' ', '-')}.json")
+    out = args.out or (
+        None
+        if args.quick or set(args.only) != set(SECTIONS)
+        else Path(__file__).parent
+        / 'results'
+        / f"cost-{'cpu' if device.type == 'cpu' else record['hardware'].lower().replace(' ', '-')}.json"
+    )
     print(f"\n{record['seconds']:.0f} s, load average now {record['load_after'] and record['load_after'][0]}")
     if out:
         rounded = json.loads(json.dumps(record), parse_float=lambda v: float(f'{float(v):.6g}'))

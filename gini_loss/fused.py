@@ -20,9 +20,6 @@ class MeanRectified(torch.autograd.Function):
     "Mean of |A|, or of max(A, 0), over `dims`; the gradient needs one array as large as A"
     @staticmethod
     def forward(A, rectify, dims, dtype):
-        if rectify == 'abs' and A.is_cuda:      # one kernel in place of two; on a CPU it is slower than the two
-            with torch.autocast('cuda', enabled=False):
-                return torch.linalg.vector_norm(A, 1, dims, dtype=dtype) / count(A, dims)
         return (A.abs() if rectify == 'abs' else A.relu()).mean(dims, dtype=dtype)
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -184,9 +184,6 @@ class GiniKLLoss(nn.Module):
         return Measured(gini.to(M.dtype), kl.to(M.dtype), P.detach().sum(1) != 0, mass.detach())
 
     def remember(self, S, mass, dtype): return S, mass
-
-    def terms_and_live(self, A, y): return self.measure(A, y)[:3]
-
     def terms(self, A, y, mask=None) -> tuple[torch.Tensor, torch.Tensor]:
         "The two unweighted terms, L_Gini and L_KL (Eqs. 1 and 5), each a scalar"
         measured = self.measure(A, y, mask)
@@ -202,7 +199,7 @@ class GiniKLLoss(nn.Module):
         given = ", class_prior=..." if self.class_prior is not None else ""
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names) + given
 
-# %% ../nbs/05_total_loss.ipynb #1901bb96
+# %% ../nbs/05_total_loss.ipynb #7ecbc908
 class Pull(NamedTuple):
     "Norms of three gradients at the same activations; see `pull`"
     main: float # of the main loss
@@ -223,7 +220,7 @@ def pull(
     gradients = [main, *(torch.autograd.grad(term, leaf, retain_graph=True)[0] for term in (gini, kl))]
     return Pull(*(in_double(g).norm().item() for g in gradients))
 
-# %% ../nbs/05_total_loss.ipynb #30cccad6
+# %% ../nbs/05_total_loss.ipynb #98aaa0a5
 class Diagnostics(NamedTuple):
     "What the loss sees in a layer; see `diagnostics`"
     probs: torch.Tensor # class probabilities of each channel, S̄ (c, n)
@@ -234,7 +231,7 @@ class Diagnostics(NamedTuple):
     gini: float # L_Gini, Eq. 1
     kl: float # L_KL, Eq. 5
 
-# %% ../nbs/05_total_loss.ipynb #a8865098
+# %% ../nbs/05_total_loss.ipynb #fbf24598
 @torch.no_grad()
 def diagnostics(
     A: torch.Tensor, # activations, floating point: maps (m, c, h, w) or features (m, c)

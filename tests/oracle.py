@@ -1,4 +1,6 @@
-"""The paper's equations index by index in Python floats, their derivatives in closed form, and random batches: the judge of the loss's tests."""
+"""The paper's equations index by index in Python floats, their derivatives in closed form, and random batches: the
+judge of the loss's tests."""
+
 import math
 import random
 
@@ -8,25 +10,28 @@ import torch
 from gini_loss.losses import GiniKLLoss
 
 def oracle(A, Y, rectify='abs', reverse=False, dead=0.):
-    """Values and gradients from nested lists: A (m, c, positions), Y (m, n). Channels whose class means add up to no more than `dead` are left out.
+    """Values and gradients from nested lists: A (m, c, positions), Y (m, n). Channels whose class means add up to no
+    more than `dead` are left out.
 
-    A class that no channel fires for has an infinite slope under Eq. 5, where zero is the convention; reversed, H^S is floored at 1e-10."""
+    A class that no channel fires for has an infinite slope under Eq. 5, where zero is the convention; reversed, H^S
+    is floored at 1e-10."""
     m, c, n = len(Y), len(A[0]) if A else 0, len(Y[0]) if Y else 0
     f = {'abs': abs, 'relu': lambda a: max(a, 0.), 'none': lambda a: a}[rectify]
     slope = {'abs': lambda a: (a > 0) - (a < 0), 'relu': lambda a: float(a > 0), 'none': lambda a: 1.}[rectify]
     M = [[sum(f(a) / len(A[k][i]) for a in A[k][i]) for i in range(c)] for k in range(m)]
     mass = [math.fsum(Y[k][j] for k in range(m)) for j in range(n)]
-    Y_bar = [[Y[k][j] / mass[j] if mass[j] > 0 else 0. for j in range(n)] for k in range(m)]                        # Eq. 4
-    S = [[sum(M[k][i] * Y_bar[k][j] for k in range(m)) for j in range(n)] for i in range(c)]                        # Eq. 3
+    Y_bar = [[Y[k][j] / mass[j] if mass[j] > 0 else 0.0 for j in range(n)] for k in range(m)]  # Eq. 4
+    S = [[sum(M[k][i] * Y_bar[k][j] for k in range(m)) for j in range(n)] for i in range(c)]  # Eq. 3
     T = [sum(row) for row in S]
     live = [i for i in range(c) if T[i] > dead]
-    P = [[s / T[i] if i in live else 0. for s in S[i]] for i in range(c)]                                          # Eq. 2
+    P = [[s / T[i] if i in live else 0.0 for s in S[i]] for i in range(c)]  # Eq. 2
     square = [sum(p*p for p in row) for row in P]
     impurity = [math.fsum(P[i][j] * (1 - P[i][j]) for j in range(n)) for i in range(c)]
-    gini = sum(impurity[i] for i in live) / max(len(live), 1)                                                      # Eq. 1
-    hS = [sum(P[i][j] for i in live) / max(len(live), 1) for j in range(n)]                                        # Eq. 6
-    hY = [x / sum(mass) if sum(mass) > 0 else 0. for x in mass]                                                    # Eq. 7
-    if not live: kl, g = 0., [0.]*n                                                                                # Eq. 5 and its slope in hS
+    gini = sum(impurity[i] for i in live) / max(len(live), 1)  # Eq. 1
+    hS = [sum(P[i][j] for i in live) / max(len(live), 1) for j in range(n)]  # Eq. 6
+    hY = [x / sum(mass) if sum(mass) > 0 else 0.0 for x in mass]  # Eq. 7
+    if not live:
+        kl, g = 0.0, [0.0] * n  # Eq. 5 and its slope in hS
     elif reverse:
         kl = sum(b * math.log(b / max(a, 1e-10)) for a, b in zip(hS, hY) if b > 0)
         g = [-b/a if a > 1e-10 else 0. for a, b in zip(hS, hY)]
@@ -41,10 +46,29 @@ def oracle(A, Y, rectify='abs', reverse=False, dead=0.):
             gini_k = sum(-2 * (P[i][j] - square[i]) * w for j, w in enumerate(by_S)) / len(live) / T[i]
             kl_k = sum((g[j] - mean_g) * w for j, w in enumerate(by_S)) / len(live) / T[i]
             for l, a in enumerate(A[k][i]): d_gini[k][i][l], d_kl[k][i][l] = gini_k * slope(a), kl_k * slope(a)
-    faint = [(i, j, M[k][i] * Y_bar[k][j]) for i in live for k in range(m) for j in range(n) if 0 < Y_bar[k][j] < 2e-38]   # float32 loses these
+    faint = [
+        (i, j, M[k][i] * Y_bar[k][j]) for i in live for k in range(m) for j in range(n) if 0 < Y_bar[k][j] < 2e-38
+    ]  # float32 loses these
     lost = max((x / T[i] for i, j, x in faint), default=0.)
     rough = any(x > 1e-7 * S[i][j] for i, j, x in faint) or any(0 < S[i][j] < 1e-36 for i in live for j in range(n))
-    return dict(lost=lost, rough=rough, gini=gini, kl=kl, d_gini=np.array(d_gini), d_kl=np.array(d_kl), M=M, S=S, P=P, hS=hS, hY=hY, T=T, live=live, g=g, impurity=impurity)
+    return dict(
+        lost=lost,
+        rough=rough,
+        gini=gini,
+        kl=kl,
+        d_gini=np.array(d_gini),
+        d_kl=np.array(d_kl),
+        M=M,
+        S=S,
+        P=P,
+        hS=hS,
+        hY=hY,
+        T=T,
+        live=live,
+        g=g,
+        impurity=impurity,
+    )
+
 
 def as_lists(A, channel_dim=1):
     "A tensor of any layout as (m, c, positions) nested lists of Python floats"
@@ -56,7 +80,9 @@ def from_positions(G, A, channel_dim=1):
     shape = A.movedim(channel_dim, 1).shape
     return torch.tensor(G, dtype=torch.float64).reshape(shape).movedim(1, channel_dim)
 
-def one_hot_rows(y, n, ignore_index=-100): return [[float(label == j and label != ignore_index) for j in range(n)] for label in y.tolist()]
+def one_hot_rows(y, n, ignore_index=-100):
+    return [[float(label == j and label != ignore_index) for j in range(n)] for label in y.tolist()]
+
 
 def terms_and_gradients(A, y, **kwargs):
     "Both terms and the gradient of each on A"
@@ -77,10 +103,15 @@ def random_case(seed):
     channels = A.movedim(channel_dim, 1)
     if r.random() < .4: channels[:, r.randrange(c)] = 0                                        # a dead channel
     if r.random() < .3: channels.mul_((torch.rand(m, c) < .5).double().reshape(m, c, *[1]*(A.ndim - 2)))
-    ignore_index, n_classes, kind = r.choice([-100, -100, 255, 0]), None, r.choice(['hard', 'hard', 'sparse', 'ignore', 'soft', 'multihot', 'onehot'])
+    ignore_index, n_classes, kind = (
+        r.choice([-100, -100, 255, 0]),
+        None,
+        r.choice(['hard', 'hard', 'sparse', 'ignore', 'soft', 'multihot', 'onehot']),
+    )
     if kind in ('hard', 'ignore', 'sparse'):
         y = torch.randint(0, n, (m,))
-        if kind == 'sparse': y = y * 1000 + 7                                                  # more classes than images
+        if kind == 'sparse':
+            y = y * 1000 + 7  # more classes than images
         size = int(y.max()) + 1 + r.randint(0, 2)
         if kind == 'ignore': y[torch.rand(m) < .4] = ignore_index
         if r.random() < .5 and (y[y != ignore_index] < size).all(): n_classes = size
@@ -89,8 +120,9 @@ def random_case(seed):
     else:
         y = {'soft': torch.rand(m, n, dtype=torch.float64).softmax(1), 'multihot': (torch.rand(m, n) < .4).double(),
              'onehot': torch.eye(n, dtype=torch.float64)[torch.randint(0, n, (m,))]}[kind]
-        if r.random() < .3: y[:, r.randrange(n)] = 0                                           # an absent class
-        if r.random() < .5 or n == 1: n_classes = n                                            # one column has to be meant
+        if r.random() < .3: y[:, r.randrange(n)] = 0  # an absent class
+        if r.random() < 0.5 or n == 1:
+            n_classes = n  # one column has to be meant
         Y = y.tolist()
     kwargs = dict(rectify=rectify, n_classes=n_classes, channel_dim=channel_dim, ignore_index=ignore_index)
     return A, y, Y, kwargs, r.random() < .5

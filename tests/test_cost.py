@@ -1,4 +1,5 @@
-"""What the loss costs, without a clock: which operations touch the maps, how many bytes and multiplications there are, what is kept for the backward pass,
+"""What the loss costs, without a clock: which operations touch the maps, how many bytes and multiplications there
+are, what is kept for the backward pass,
 and that nothing makes a GPU's host wait. Seconds are for benchmarks/cost.py."""
 import subprocess, sys
 
@@ -22,18 +23,29 @@ def plain_terms(A, y, n):
     P = S / S.sum(1, keepdim=True)
     hS, hY = P.sum(0) / P.sum(), Y.sum(0) / len(Y)
     used = hS > 0
-    return (1 - P.square().sum(1)).mean(), torch.where(used, hS * (torch.where(used, hS, 1) / torch.where(used, hY, 1)).log(), 0).sum()
+    return (1 - P.square().sum(1)).mean(), torch.where(
+        used, hS * (torch.where(used, hS, 1) / torch.where(used, hY, 1)).log(), 0
+    ).sum()
+
 
 class Watch(TorchDispatchMode):
-    "Bytes of the arrays that operations make, views not counted, and the names of those operations that read or write at least `big` numbers"
+    """Bytes of the arrays that operations make, views not counted, and the names of those operations that read or write
+    at least `big` numbers"""
+
     def __init__(self, big): super().__init__(); self.big, self.bytes, self.names = big, 0, []
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
         tensors = [t for t in args if isinstance(t, torch.Tensor)]
-        made = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor) and not op.is_view
-                and all(t.untyped_storage().data_ptr() != u.untyped_storage().data_ptr() for u in tensors)]
+        made = [
+            t
+            for t in (out if isinstance(out, (tuple, list)) else [out])
+            if isinstance(t, torch.Tensor)
+            and not op.is_view
+            and all(t.untyped_storage().data_ptr() != u.untyped_storage().data_ptr() for u in tensors)
+        ]
         self.bytes += sum(t.untyped_storage().nbytes() for t in made)
-        if not op.is_view and any(t.numel() >= self.big for t in (*tensors, *made)): self.names.append(op.__name__.split('.')[0])
+        if not op.is_view and any(t.numel() >= self.big for t in (*tensors, *made)):
+            self.names.append(op.__name__.split('.')[0])
         return out
 
 def watch(terms, A):
@@ -49,7 +61,10 @@ def batch(n, m=256, c=64, size=4):
 
 # ---- Only the pooling touches the maps ----
 
-@pytest.mark.parametrize('rectify, forward, backward', [('abs', ['abs', 'mean'], ['sgn', 'mul_']), ('relu', ['amin', 'relu', 'mean'], ['sgn', 'clamp', 'mul_'])])
+@pytest.mark.parametrize(
+    'rectify, forward, backward',
+    [('abs', ['abs', 'mean'], ['sgn', 'mul_']), ('relu', ['amin', 'relu', 'mean'], ['sgn', 'clamp', 'mul_'])],
+)
 @pytest.mark.parametrize('n', [10, 10**6])
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 def test_only_the_pooling_touches_the_maps(rectify, forward, backward, n, layout):
@@ -63,7 +78,8 @@ def test_the_plain_form_touches_them_more_often():
     assert len(watch(lambda x: plain_terms(x, y, 10), A)[1].names) > 2
 
 def test_nothing_as_large_as_the_maps_is_kept():
-    "Between the passes: the maps themselves, which the network keeps anyway, and a few numbers for each of their averages"
+    """Between the passes: the maps themselves, which the network keeps anyway, and a few numbers for each of their
+    averages"""
     A, y = batch(10**6); A.requires_grad_()
     kept = {}
     def note(t): kept.setdefault(t.untyped_storage().data_ptr(), t); return t
@@ -82,7 +98,14 @@ def test_bytes_do_not_grow_with_the_number_of_classes(given):
     def total(n):
         A, y = batch(n, 128, 64, 14)
         return sum(w.bytes for w in watch(lambda x: GiniKLLoss(n_classes=n if given else None).terms(x, y), A))
-    few, plain = total(100), sum(w.bytes for w in watch(lambda x: plain_terms(x, batch(100, 128, 64, 14)[1], 100), batch(100, 128, 64, 14)[0]))
+
+    few, plain = (
+        total(100),
+        sum(
+            w.bytes
+            for w in watch(lambda x: plain_terms(x, batch(100, 128, 64, 14)[1], 100), batch(100, 128, 64, 14)[0])
+        ),
+    )
     assert total(1000) == total(21_841) == total(10**6) <= min(1.05 * few, plain)
 
 def peak_bytes(f):
@@ -90,7 +113,9 @@ def peak_bytes(f):
     f()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof: f()
     now = peak = 0
-    for e in sorted((e for e in prof.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns()):
+    for e in sorted(
+        (e for e in prof.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns()
+    ):
         now += e.nbytes(); peak = max(peak, now)
     return peak
 
@@ -112,7 +137,12 @@ def test_peak_memory_of_maps_does_not_depend_on_the_number_of_classes(m, c, size
 def test_peak_memory_of_features_is_flat_from_a_thousand_classes_on(m, c, given):
     "Features have as many numbers as the class means of a batch with more classes than images. A bound for both ends"
     most, nbytes = peak(10**6, m, c, 1, given), 4*m*c
-    assert peak(1000, m, c, 1, given) == pytest.approx(most, rel=.01) and most <= 15 * nbytes and most <= 2.6 * peak(100, m, c, 1, given)
+    assert (
+        peak(1000, m, c, 1, given) == pytest.approx(most, rel=0.01)
+        and most <= 15 * nbytes
+        and most <= 2.6 * peak(100, m, c, 1, given)
+    )
+
 
 @pytest.mark.parametrize('m, c, size', [(256, 512, 4), (256, 512, 1)])
 def test_peak_memory_of_mixed_labels(m, c, size):
@@ -124,7 +154,8 @@ def test_no_multiplication_depends_on_the_number_of_classes():
     "Rows are added up by class; only soft targets need a product"
     def flops(n, soft=False):
         A, y = batch(n); A.requires_grad_()
-        with FlopCounterMode(display=False) as counter: GiniKLLoss(n_classes=n)(A, F.one_hot(y, n).float() if soft else y).backward()
+        with FlopCounterMode(display=False) as counter:
+            GiniKLLoss(n_classes=n)(A, F.one_hot(y, n).float() if soft else y).backward()
         return counter.get_total_flops()
     assert flops(10) == flops(1000) == flops(10**6) == 0 < flops(10, soft=True)
 
@@ -140,13 +171,21 @@ def test_rows_added_equal_the_product(n, ignored):
     got, expected = GiniKLLoss().terms(x, torch.where(kept, y, -100)), plain_terms(x[kept], y[kept], n)
     for g, e in zip(got, expected):
         torch.testing.assert_close(g, e, rtol=0, atol=1e-13)
-        torch.testing.assert_close(torch.autograd.grad(g, x, retain_graph=True)[0], torch.autograd.grad(e, x, retain_graph=True)[0], rtol=0, atol=1e-14)
+        torch.testing.assert_close(
+            torch.autograd.grad(g, x, retain_graph=True)[0],
+            torch.autograd.grad(e, x, retain_graph=True)[0],
+            rtol=0,
+            atol=1e-14,
+        )
+
 
 # ---- Closed forms ----
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('rectify', ['abs', 'relu'])
-@pytest.mark.parametrize('shape, dims', [((3, 4, 5, 2), [2, 3]), ((3, 5, 2, 4), [1, 2]), ((3, 4), []), ((0, 4, 3), [2]), ((3, 7, 4), [1])])
+@pytest.mark.parametrize(
+    'shape, dims', [((3, 4, 5, 2), [2, 3]), ((3, 5, 2, 4), [1, 2]), ((3, 4), []), ((0, 4, 3), [2]), ((3, 7, 4), [1])]
+)
 def test_mean_of_rectified_maps(dtype, rectify, shape, dims):
     "Value, gradient and its dtype, with zeros among the activations and a gradient that float16 cannot hold"
     torch.manual_seed(0)
@@ -165,7 +204,12 @@ def test_mean_of_rectified_maps(dtype, rectify, shape, dims):
 def test_second_derivative_of_a_pipeline():
     "A gradient penalty behind a network: the closed forms against the plain form, for parameters too"
     torch.manual_seed(0)
-    net, x, y = torch.nn.Conv2d(2, 5, 3, padding=1).double(), torch.randn(40, 2, 4, 4, dtype=torch.float64), torch.randint(0, 6, (40,))
+    net, x, y = (
+        torch.nn.Conv2d(2, 5, 3, padding=1).double(),
+        torch.randn(40, 2, 4, 4, dtype=torch.float64),
+        torch.randint(0, 6, (40,)),
+    )
+
     def penalty(terms):
         A = net(x)
         g, = torch.autograd.grad(sum(terms(A)), A, create_graph=True)
@@ -183,7 +227,15 @@ def test_functional_gradient():
 
 # ---- Nothing makes the host wait ----
 
-SETTINGS = [{}, dict(n_classes=10), dict(n_classes=10**6), dict(rectify='relu'), dict(rectify='none', n_classes=200), dict(reverse_kl=True, channel_dim=-1)]
+SETTINGS = [
+    {},
+    dict(n_classes=10),
+    dict(n_classes=10**6),
+    dict(rectify='relu'),
+    dict(rectify='none', n_classes=200),
+    dict(reverse_kl=True, channel_dim=-1),
+]
+
 
 @pytest.mark.parametrize('kwargs', SETTINGS, ids=str)
 @pytest.mark.parametrize('soft', [False, True])
@@ -193,12 +245,19 @@ def test_no_shape_or_branch_depends_on_values(kwargs, soft):
     with FakeTensorMode():
         try:
             A = torch.empty(64, 32, 4, 4, device='cuda')
-            (A > 0).all()                                                             # with torch 2.6 a reduction wakes the driver
-        except (RuntimeError, AssertionError) as e: pytest.skip(f"this torch cannot pretend to have a GPU: {str(e).splitlines()[0]}")
-        y = torch.empty(64, kwargs.get('n_classes', 20), device='cuda') if soft else torch.empty(64, dtype=torch.int64, device='cuda')
+            (A > 0).all()  # with torch 2.6 a reduction wakes the driver
+        except (RuntimeError, AssertionError) as e:
+            pytest.skip(f"this torch cannot pretend to have a GPU: {str(e).splitlines()[0]}")
+        y = (
+            torch.empty(64, kwargs.get('n_classes', 20), device='cuda')
+            if soft
+            else torch.empty(64, dtype=torch.int64, device='cuda')
+        )
         if soft and kwargs.get('n_classes', 0) > 10**4: kwargs = {}; y = y[:, :20]
         terms = GiniKLLoss(**kwargs).measure(A, y)
-        assert [t.shape for t in terms[:3]] == [(), (), (4 if 'channel_dim' in kwargs else 32,)] and all(t.device.type == 'cuda' for t in terms)
+        assert [t.shape for t in terms[:3]] == [(), (), (4 if 'channel_dim' in kwargs else 32,)] and all(
+            t.device.type == 'cuda' for t in terms
+        )
         if not soft:
             mixed = GiniKLLoss(**kwargs).measure(A, MixedTargets(y, y.flip(0), torch.empty(64, device='cuda')))
             assert [(t.shape, t.device.type) for t in mixed[:3]] == [(t.shape, "cuda") for t in terms[:3]]
@@ -214,15 +273,30 @@ def test_traced_graphs_are_static(kwargs):
     def keep(graph, _): graphs.append(graph); return make_boxed_func(graph.forward)
     A, y = batch(10, m=200)
     x = A.abs().requires_grad_()
-    loss = torch.compile(GiniKLLoss(**kwargs), fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))(x, y)
+    loss = torch.compile(
+        GiniKLLoss(**kwargs), fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    )(x, y)
     loss.backward()
-    torch.testing.assert_close(x.grad, torch.autograd.grad(GiniKLLoss(**kwargs)(z := A.abs().requires_grad_(), y), z)[0], rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(
+        x.grad, torch.autograd.grad(GiniKLLoss(**kwargs)(z := A.abs().requires_grad_(), y), z)[0], rtol=1e-4, atol=1e-8
+    )
     assert len(graphs) == 2
     for graph in graphs:
         nodes = [n for n in graph.graph.nodes if n.op == 'call_function']
         names = {str(n.target) for n in nodes}
-        assert nodes and not any(bad in name for name in names for bad in ('local_scalar', 'aten.item', 'nonzero', 'unique', 'masked_select', 'sym_'))
-        assert all(isinstance(s, int) for n in nodes for t in [n.meta.get('val')] if isinstance(t, torch.Tensor) for s in t.shape)
+        assert nodes and not any(
+            bad in name
+            for name in names
+            for bad in ('local_scalar', 'aten.item', 'nonzero', 'unique', 'masked_select', 'sym_')
+        )
+        assert all(
+            isinstance(s, int)
+            for n in nodes
+            for t in [n.meta.get('val')]
+            if isinstance(t, torch.Tensor)
+            for s in t.shape
+        )
+
 
 @cuda
 @pytest.mark.parametrize('kwargs', SETTINGS, ids=str)
@@ -251,7 +325,9 @@ def test_cuda_graph(kwargs):
     with torch.no_grad(): x.copy_(A.flip(0) * 2); labels.copy_(y.roll(3))
     graph.replay(); torch.cuda.synchronize()
     z = (A.flip(0) * 2).requires_grad_(); expected = loss(z, y.roll(3))
-    torch.testing.assert_close(value, expected); torch.testing.assert_close(gradient, torch.autograd.grad(expected, z)[0])
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, z)[0])
+
 
 @cuda
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
@@ -261,13 +337,25 @@ def test_a_gpu_gives_what_the_cpu_gives(dtype, rectify):
     x, z, loss = A.cuda().requires_grad_(), A.clone().requires_grad_(), GiniKLLoss(rectify=rectify)
     for got, expected in zip(loss.terms(x, y.cuda()), loss.terms(z, y)):
         torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(torch.autograd.grad(got, x, retain_graph=True)[0].cpu(), torch.autograd.grad(expected, z, retain_graph=True)[0], rtol=1e-2, atol=1e-7)
+        torch.testing.assert_close(
+            torch.autograd.grad(got, x, retain_graph=True)[0].cpu(),
+            torch.autograd.grad(expected, z, retain_graph=True)[0],
+            rtol=1e-2,
+            atol=1e-7,
+        )
+
 
 # ---- Inference, and importing ----
 
 def test_inference_is_the_same_program():
     "A network that was trained with a tap exports to the very graph of one that was not"
-    def network(): torch.manual_seed(0); return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4*36, 5))
+
+    def network():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5)
+        )
+
     tapped, never = network(), network()
     x, y = torch.randn(6, 3, 8, 8), torch.randint(0, 5, (6,))
     with FeatureTap(tapped, '1') as tap:
@@ -277,7 +365,9 @@ def test_inference_is_the_same_program():
     assert program(tapped) == program(never) and torch.equal(tapped(x), never(x))
 
 def test_importing_needs_torch_alone():
-    code = "import sys, gini_loss; print(sorted(m for m in ('fastai', 'fastcore', 'torchvision', 'pandas', 'matplotlib', 'seaborn', 'scipy', 'statsmodels', 'PIL', 'sklearn', 'timm') if m in sys.modules))"
+    heavy = ('fastai', 'fastcore', 'torchvision', 'pandas', 'matplotlib', 'seaborn', 'scipy',
+             'statsmodels', 'PIL', 'sklearn', 'timm')
+    code = f"import sys, gini_loss; print(sorted(m for m in {heavy} if m in sys.modules))"
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == '[]'

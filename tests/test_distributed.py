@@ -15,7 +15,9 @@ from gini_loss.targets import MixedTargets, label_matrix
 from gini_loss.running import RunningGiniKLLoss
 from gini_loss.tap import FeatureTap
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo backend")
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo backend"
+)
 TIMEOUT = 600 # seconds until processes that hang are ended; a run takes less than a tenth of that
 
 # ---- Scenarios: how a batch is made and split, and how the loss is set up ----
@@ -36,11 +38,22 @@ def make_batch(step, kind, dtype=torch.float64):
     if kind == 'far apart': return x, labels * 99_991 + 17, labels
     if kind in ('mixed', 'mixed far apart'):
         other, lam = torch.randint(0, 5, (24,), generator=g), torch.rand(24, generator=g, dtype=torch.float64)
-        return x, torch.stack([*(t * (99_991 if 'far' in kind else 1) for t in (labels.sort().values.double(), other.double())), lam], 1), labels
+        return (
+            x,
+            torch.stack(
+                [*(t * (99_991 if 'far' in kind else 1) for t in (labels.sort().values.double(), other.double())), lam],
+                1,
+            ),
+            labels,
+        )
     return x, labels, labels
 
-SPLITS = {'even': lambda world: [24 // world]*world, 'uneven': lambda world: [24 - 5*(world - 1)] + [5]*(world - 1),
-          'one image': lambda world: [1]*(world - 1) + [25 - world], 'one empty': lambda world: [0] + [24 // (world - 1)]*(world - 1)}
+SPLITS = {
+    'even': lambda world: [24 // world] * world,
+    'uneven': lambda world: [24 - 5 * (world - 1)] + [5] * (world - 1),
+    'one image': lambda world: [1] * (world - 1) + [25 - world],
+    'one empty': lambda world: [0] + [24 // (world - 1)] * (world - 1),
+}
 
 SCENARIOS = { # name: (split, targets, keyword arguments of the loss)
     'even': ('even', 'hard', dict(n_classes=5)),
@@ -67,11 +80,15 @@ SCENARIOS = { # name: (split, targets, keyword arguments of the loss)
     'prior, soft': ('one empty', 'soft', dict(class_prior=[.3, .25, .2, .15, .1])),
     'prior, more classes than columns': ('uneven', 'far apart', dict(class_prior=torch.arange(1., 500_001))),
 }
-def dtype_of(scenario): return torch.float32 if scenario == 'float32' else torch.float64     # in float64 an error cannot hide behind rounding
+def dtype_of(scenario):
+    return torch.float32 if scenario == 'float32' else torch.float64  # in float64 an error cannot hide behind rounding
+
+
 STEPS = 4
 
 def train(model, net, scenario, rank=0, world=1, distributed=True):
-    "Some steps of SGD; cross-entropy is summed and divided by the size of the whole batch, so that uneven parts add up. Weights at the end, gradients of the first step, terms of each"
+    """Some steps of SGD; cross-entropy is summed and divided by the size of the whole batch, so that uneven parts add
+    up. Weights at the end, gradients of the first step, terms of each"""
     split, kind, kwargs = SCENARIOS[scenario]
     sizes = SPLITS[split](world) if world > 1 else [24]
     part = slice(sum(sizes[:rank]), sum(sizes[:rank + 1]))
@@ -85,11 +102,13 @@ def train(model, net, scenario, rank=0, world=1, distributed=True):
             net.zero_grad(); (loss + aux(A, y)).backward()
             if step == 0: first = [p.grad.clone() for p in net.parameters()]
             with torch.no_grad():
-                for p in net.parameters(): p -= .1 * p.grad                     # torch.optim would cost each process seconds of imports
+                for p in net.parameters():
+                    p -= 0.1 * p.grad  # torch.optim would cost each process seconds of imports
     return dict(weights=[p.detach().clone() for p in net.parameters()], gradients=first, terms=torch.stack(terms))
 
 def direct_gradient(rank, world, order=1):
-    "Gradient on the activations themselves, in float64, and the second derivative: the sum over processes of their losses"
+    """Gradient on the activations themselves, in float64, and the second derivative: the sum over processes of their
+    losses"""
     g = torch.Generator().manual_seed(7)
     A, y = torch.rand(12, 4, 3, generator=g, dtype=torch.float64) + .1, torch.randint(0, 4, (12,), generator=g)
     part = slice(12*rank//world, 12*(rank + 1)//world)
@@ -112,7 +131,9 @@ def accumulate(model, rank, world):
 def sync_batchnorm(rank, world):
     "SyncBatchNorm replaces modules: a tap made afterwards works, one made before says that its layer no longer runs"
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5)).double().eval()   # the CPU has SyncBatchNorm in evaluation only
+    net = (
+        nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5)).double().eval()
+    )  # the CPU has SyncBatchNorm in evaluation only
     early, message = FeatureTap(net, '1').attach(), None
     if world > 1: net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     x, y, _ = (t[rank::world] for t in make_batch(0, 'hard'))
@@ -123,18 +144,24 @@ def sync_batchnorm(rank, world):
     except RuntimeError as e: message = str(e)
     gradients = [p.grad for p in net[:2].parameters()]
     if world > 1:
-        for g in gradients: dist.all_reduce(g)                                 # DistributedDataParallel takes no SyncBatchNorm on the CPU: its mean by hand
+        for g in gradients:
+            dist.all_reduce(g)  # DistributedDataParallel takes no SyncBatchNorm on the CPU: its mean by hand
     return message, [g / world for g in gradients]
 
 def fully_sharded(rank, world):
-    "FSDP2: parameters in shards, gathered for each layer. Gradients as whole tensors, the terms, and what a tap put on before sharding finds; why not, where torch cannot"
-    try: return sharded(rank, world)
-    except Exception as e:                                                      # every process fails alike, before it waits for another
-        if world == 1 or torch.__version__ >= (2, 7): raise
-        return f"torch {torch.__version__} has no FSDP2 for the CPU: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+    """FSDP2: parameters in shards, gathered for each layer. Gradients as whole tensors, the terms, and what a tap put
+    on before sharding finds; why not, where torch cannot"""
+    try:
+        return sharded(rank, world)
+    except Exception as e:  # every process fails alike, before it waits for another
+        if world == 1 or torch.__version__ >= (2, 7):
+            raise
+        reason = str(e).splitlines()[0] if str(e) else ''
+        return f"torch {torch.__version__} has no FSDP2 for the CPU: {type(e).__name__}: {reason}"
+
 
 def sharded(rank, world):
-    net, full = make_model(), make_model()
+    net = make_model()
     x, y, labels = (t[rank::world] for t in make_batch(0, 'sorted'))
     early = FeatureTap(net, '3').attach()
     if world > 1:
@@ -150,18 +177,30 @@ def sharded(rank, world):
         same = torch.equal(early.pop(), A)
         (loss + aux(A, y)).backward()
     early.detach()
-    return dict(terms=terms, same=same, gradients=[p.grad.full_tensor() if world > 1 else p.grad for p in net.parameters()])
+    return dict(
+        terms=terms, same=same, gradients=[p.grad.full_tensor() if world > 1 else p.grad for p in net.parameters()]
+    )
+
 
 def running(rank, world):
     "Class averages over several batches: terms, gradient and state after three uneven steps"
     loss, terms = RunningGiniKLLoss(1, .7, n_classes=5, n_batches=3), []
     g = torch.Generator().manual_seed(5)
     for step in range(3):
-        A, y = torch.rand(13, 4, generator=g, dtype=torch.float64), torch.randint(0, 5, (13,), generator=g).sort().values
+        A, y = (
+            torch.rand(13, 4, generator=g, dtype=torch.float64),
+            torch.randint(0, 5, (13,), generator=g).sort().values,
+        )
         part = slice(13*rank//world, 13*(rank + 1)//world)
         A = A[part].clone().requires_grad_()
         terms.append(torch.stack(loss.terms(A, y[part])))
-    return dict(terms=torch.stack(terms).detach(), gradient=torch.autograd.grad(terms[-1].sum() / world, A)[0], means=loss.means, mass=loss.mass)
+    return dict(
+        terms=torch.stack(terms).detach(),
+        gradient=torch.autograd.grad(terms[-1].sum() / world, A)[0],
+        means=loss.means,
+        mass=loss.mass,
+    )
+
 
 def bad_label(rank, world):
     "The same wrong label everywhere is told by each process, and none is left waiting"
@@ -174,15 +213,23 @@ def compiled(rank, world, n_classes):
     A, out = torch.rand(24, 7, generator=torch.Generator().manual_seed(3))[rank::world], {}
     for fullgraph in (True, False):
         torch._dynamo.reset()
-        try: out[fullgraph] = torch.stack(torch.compile(GiniKLLoss(n_classes=n_classes).terms, fullgraph=fullgraph, backend='eager')(A, y))
-        except Exception as e: out[fullgraph] = type(e).__name__
+        try:
+            out[fullgraph] = torch.stack(
+                torch.compile(GiniKLLoss(n_classes=n_classes).terms, fullgraph=fullgraph, backend='eager')(A, y)
+            )
+        except Exception as e:
+            out[fullgraph] = type(e).__name__
     return out
 
 def run_all(rank, world):
     out = {}
     for scenario in SCENARIOS:
-        net = make_model(dtype_of(scenario)); out[scenario] = train(nn.parallel.DistributedDataParallel(net), net, scenario, rank, world)
-    net = make_model(); out['not distributed'] = train(nn.parallel.DistributedDataParallel(net), net, 'a class on one process only', rank, world, distributed=False)
+        net = make_model(dtype_of(scenario))
+        out[scenario] = train(nn.parallel.DistributedDataParallel(net), net, scenario, rank, world)
+    net = make_model()
+    out['not distributed'] = train(
+        nn.parallel.DistributedDataParallel(net), net, 'a class on one process only', rank, world, distributed=False
+    )
     out['direct'] = direct_gradient(rank, world)
     out['accumulate'] = accumulate(nn.parallel.DistributedDataParallel(make_model()), rank, world)
     out['sync_batchnorm'] = sync_batchnorm(rank, world)
@@ -190,7 +237,9 @@ def run_all(rank, world):
     out['running'] = running(rank, world)
     out['compiled'] = {n: compiled(rank, world, n) for n in (5, None, 10**6)}
     out['fully sharded'] = fully_sharded(rank, world)
-    out['function'] = gini_loss(torch.rand(4, 2, generator=torch.Generator().manual_seed(rank)), torch.tensor([0, 1, 0, 1]))
+    out['function'] = gini_loss(
+        torch.rand(4, 2, generator=torch.Generator().manual_seed(rank)), torch.tensor([0, 1, 0, 1])
+    )
     return out
 
 def work(rank, folder):
@@ -202,7 +251,8 @@ def work(rank, folder):
             torch.save(run_all(rank, world), f'{folder}/{world}-{rank}.pt')
             dist.barrier(); dist.destroy_process_group()
     sys.stdout.flush(); sys.stderr.flush()
-    os._exit(0)                                                                 # gloo's threads can abort the interpreter while it shuts down
+    os._exit(0)  # gloo's threads can abort the interpreter while it shuts down
+
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
@@ -210,12 +260,14 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('ranks')
     interface = next((name for _, name in socket.if_nameindex() if name in ('lo', 'lo0')), None)
     with pytest.MonkeyPatch.context() as env:
-        if interface: env.setenv('GLOO_SOCKET_IFNAME', interface)              # no need of a network that resolves this machine's name
+        if interface:
+            env.setenv('GLOO_SOCKET_IFNAME', interface)  # no need of a network that resolves this machine's name
         env.setenv('OMP_NUM_THREADS', '1')
         context, end = mp.spawn(work, (str(folder),), nprocs=3, join=False), time.monotonic() + TIMEOUT
         try:
             while not context.join(timeout=1):
-                if time.monotonic() > end: pytest.fail(f"the processes did not end in {TIMEOUT} s: one of them waits for another")
+                if time.monotonic() > end:
+                    pytest.fail(f"the processes did not end in {TIMEOUT} s: one of them waits for another")
         finally:
             for p in context.processes:
                 if p.is_alive(): p.kill()
@@ -232,8 +284,11 @@ def close(got, expected, atol=1e-10):
 
 @pytest.mark.parametrize('scenario', SCENARIOS)
 def test_training_equals_one_process(ranks, scenario):
-    "Terms of each step, gradients of the first and final weights, on every process, to 1e-6 in float32 and 1e-10 in float64"
-    net = make_model(dtype_of(scenario)); atol = 1e-6 if scenario == 'float32' else 1e-10; expected = train(net, net, scenario)
+    """Terms of each step, gradients of the first and final weights, on every process, to 1e-6 in float32 and 1e-10 in
+    float64"""
+    net = make_model(dtype_of(scenario))
+    atol = 1e-6 if scenario == 'float32' else 1e-10
+    expected = train(net, net, scenario)
     assert expected['terms'].abs().max() > .01 or scenario == 'all ignored'
     for r in ranks:
         for what in ('weights', 'gradients'): close(r[scenario][what], expected[what], atol)
@@ -247,7 +302,7 @@ def test_without_the_sums_over_processes_it_would_not(ranks):
 
 def test_gradient_of_the_activations_and_its_derivative(ranks):
     "In float64. Each process's loss is the loss of all, so their mean is differentiated"
-    world, expected = len(ranks), direct_gradient(0, 1)
+    expected = direct_gradient(0, 1)
     close([torch.cat([r['direct']['first'] for r in ranks])], [expected['first']], 1e-12)
     close([torch.cat([r['direct']['second'] for r in ranks])], [expected['second']], 1e-12)
 
@@ -263,22 +318,31 @@ def test_sync_batchnorm_before_the_tap(ranks):
         assert "layer '1' did not run" in message; close(gradients, expected)
 
 def test_fully_sharded(ranks):
-    "FSDP2 on the CPU: gradients and terms of one process, classes sorted so that each process has its own; a tap from before sharding works too"
+    """FSDP2 on the CPU: gradients and terms of one process, classes sorted so that each process has its own; a tap from
+    before sharding works too"""
     expected = fully_sharded(0, 1)
     if isinstance(why := ranks[0]['fully sharded'], str): pytest.skip(why)
     for r in ranks:
-        close(r['fully sharded']['gradients'], expected['gradients']); close([r['fully sharded']['terms']], [expected['terms']])
+        close(r['fully sharded']['gradients'], expected['gradients'])
+        close([r['fully sharded']['terms']], [expected['terms']])
         assert r['fully sharded']['same']
 
 def test_running_averages(ranks):
     expected = running(0, 1)
     close([torch.cat([r['running']['gradient'] for r in ranks])], [expected['gradient']])
-    for r in ranks: close([r['running'][k] for k in ('terms', 'means', 'mass')], [expected[k] for k in ('terms', 'means', 'mass')])
+    for r in ranks:
+        close([r['running'][k] for k in ('terms', 'means', 'mass')], [expected[k] for k in ('terms', 'means', 'mass')])
+
 
 def test_one_graph_needs_n_classes(ranks):
-    "Up to 4,096 classes nothing is asked of the other processes and the compiled loss is one graph. With more, or without n_classes, the host waits for the sizes of the batches: a break"
-    _, y, _ = make_batch(0, 'sorted'); world = len(ranks); order = torch.cat([torch.arange(24)[r::world] for r in range(world)])
-    expected = torch.stack(GiniKLLoss().terms(torch.rand(24, 7, generator=torch.Generator().manual_seed(3))[order], y[order]))
+    """Up to 4,096 classes nothing is asked of the other processes and the compiled loss is one graph. With more, or
+    without n_classes, the host waits for the sizes of the batches: a break"""
+    _, y, _ = make_batch(0, 'sorted')
+    world = len(ranks)
+    order = torch.cat([torch.arange(24)[r::world] for r in range(world)])
+    expected = torch.stack(
+        GiniKLLoss().terms(torch.rand(24, 7, generator=torch.Generator().manual_seed(3))[order], y[order])
+    )
     for r in ranks:
         torch.testing.assert_close(r['compiled'][5][True], expected, rtol=1e-5, atol=1e-6)
         for n in (5, None, 10**6): torch.testing.assert_close(r['compiled'][n][False], expected, rtol=1e-5, atol=1e-6)
@@ -300,4 +364,7 @@ def test_a_bad_label_is_told_and_nobody_waits(ranks):
 def test_the_plain_function_is_of_one_process(ranks):
     "gini_loss and kl_loss are what they say on the batch they are given; GiniKLLoss is what sums over processes"
     for rank, r in enumerate(ranks):
-        assert torch.equal(r['function'], gini_loss(torch.rand(4, 2, generator=torch.Generator().manual_seed(rank)), torch.tensor([0, 1, 0, 1])))
+        assert torch.equal(
+            r['function'],
+            gini_loss(torch.rand(4, 2, generator=torch.Generator().manual_seed(rank)), torch.tensor([0, 1, 0, 1])),
+        )

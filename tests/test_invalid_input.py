@@ -6,68 +6,206 @@ import numpy as np
 import pytest
 import torch
 
-from gini_loss.losses import (GiniKLLoss, class_means, class_probs, diagnostics, feature_histogram, gini_impurity, gini_loss, kl_loss,
-    label_histogram, pool)
+from gini_loss.losses import (
+    GiniKLLoss,
+    class_means,
+    class_probs,
+    diagnostics,
+    feature_histogram,
+    gini_impurity,
+    gini_loss,
+    kl_loss,
+    label_histogram,
+    pool,
+)
 from gini_loss.targets import MixedTargets
 
 # ---- Bad input: each its own message ----
 
 A4, Y4, SOFT = torch.rand(4, 3), torch.tensor([0, 1, 2, 0]), torch.eye(3)[[0, 1, 2, 0]]
 BAD = {
-    'label below 0': (lambda: GiniKLLoss()(A4, torch.tensor([0, -1, 2, 0])), ValueError, r"label -1 is below 0.*ignore_index \(-100\)"),
-    'label at n_classes': (lambda: GiniKLLoss(n_classes=2)(A4, Y4), ValueError, r"label 2 is not below n_classes=2: labels must be 0 to 1"),
-    'label above n_classes': (lambda: GiniKLLoss(n_classes=2)(A4, Y4 + 7), ValueError, r"label 9 is not below n_classes=2"),
+    'label below 0': (
+        lambda: GiniKLLoss()(A4, torch.tensor([0, -1, 2, 0])),
+        ValueError,
+        r"label -1 is below 0.*ignore_index \(-100\)",
+    ),
+    'label at n_classes': (
+        lambda: GiniKLLoss(n_classes=2)(A4, Y4),
+        ValueError,
+        r"label 2 is not below n_classes=2: labels must be 0 to 1",
+    ),
+    'label above n_classes': (
+        lambda: GiniKLLoss(n_classes=2)(A4, Y4 + 7),
+        ValueError,
+        r"label 9 is not below n_classes=2",
+    ),
     'int32 labels': (lambda: GiniKLLoss()(A4, Y4.int()), TypeError, r"must be int64, got torch.int32: call \.long\(\)"),
-    'float labels': (lambda: GiniKLLoss()(A4, Y4.float()), TypeError, r"must be int64, got torch.float32.*soft targets"),
+    'float labels': (
+        lambda: GiniKLLoss()(A4, Y4.float()),
+        TypeError,
+        r"must be int64, got torch.float32.*soft targets",
+    ),
     'bool labels': (lambda: GiniKLLoss()(A4, Y4 > 0), TypeError, r"must be int64, got torch.bool"),
     'too few labels': (lambda: GiniKLLoss()(A4, Y4[:3]), ValueError, r"3 targets for 4 rows"),
     'too many labels': (lambda: GiniKLLoss()(A4, torch.cat([Y4, Y4])), ValueError, r"8 targets for 4 rows"),
-    'labels of 0 dimensions': (lambda: GiniKLLoss()(A4, torch.tensor(1)), ValueError, r"labels \(m,\) or distributions \(m, n\), got shape \(\)"),
+    'labels of 0 dimensions': (
+        lambda: GiniKLLoss()(A4, torch.tensor(1)),
+        ValueError,
+        r"labels \(m,\) or distributions \(m, n\), got shape \(\)",
+    ),
     'labels of 3 dimensions': (lambda: GiniKLLoss()(A4, SOFT[..., None]), ValueError, r"got shape \(4, 3, 1\)"),
-    'labels as a list': (lambda: GiniKLLoss()(A4, [0, 1, 2, 0]), TypeError, r"targets must be a torch.Tensor, got list"),
-    'integer one-hot': (lambda: GiniKLLoss()(A4, SOFT.long()), TypeError, r"must be floating point \(one-hot, soft or multi-hot\), got torch.int64"),
-    'integer labels in a column': (lambda: GiniKLLoss()(A4, Y4[:, None]), ValueError, r"\(4, 1\) have one column.*for labels call \.squeeze\(1\),"),
-    'integer labels in a column, one class': (lambda: GiniKLLoss(n_classes=1)(A4, Y4[:, None]), ValueError, r"for labels call \.squeeze\(1\),"),
-    'float labels in a column': (lambda: GiniKLLoss()(A4, Y4[:, None].float()), ValueError, r"have one column.*for labels call \.squeeze\(1\)\.long\(\).*\[1-p, p\]"),
+    'labels as a list': (
+        lambda: GiniKLLoss()(A4, [0, 1, 2, 0]),
+        TypeError,
+        r"targets must be a torch.Tensor, got list",
+    ),
+    'integer one-hot': (
+        lambda: GiniKLLoss()(A4, SOFT.long()),
+        TypeError,
+        r"must be floating point \(one-hot, soft or multi-hot\), got torch.int64",
+    ),
+    'integer labels in a column': (
+        lambda: GiniKLLoss()(A4, Y4[:, None]),
+        ValueError,
+        r"\(4, 1\) have one column.*for labels call \.squeeze\(1\),",
+    ),
+    'integer labels in a column, one class': (
+        lambda: GiniKLLoss(n_classes=1)(A4, Y4[:, None]),
+        ValueError,
+        r"for labels call \.squeeze\(1\),",
+    ),
+    'float labels in a column': (
+        lambda: GiniKLLoss()(A4, Y4[:, None].float()),
+        ValueError,
+        r"have one column.*for labels call \.squeeze\(1\)\.long\(\).*\[1-p, p\]",
+    ),
     'class_means of labels in a column': (lambda: class_means(A4, Y4[:, None]), ValueError, r"\.squeeze\(1\)"),
-    'mixed labels below 0': (lambda: GiniKLLoss()(A4, MixedTargets(Y4, Y4 - 1, .5)), ValueError, r"label -1 is below 0"),
-    'mixed labels above n_classes': (lambda: GiniKLLoss(n_classes=3)(A4, MixedTargets(Y4, Y4 + 1, .5)), ValueError, r"label 3 is not below n_classes=3"),
-    'mixed one-hot': (lambda: GiniKLLoss()(A4, MixedTargets(SOFT, SOFT, .5)), ValueError, r"mixed targets must be labels \(m,\), got shape \(4, 3\)"),
-    'too few mixed labels': (lambda: GiniKLLoss()(A4, MixedTargets(Y4[:3], Y4[:3], .5)), ValueError, r"3 targets for 4 rows"),
-    'soft below 0': (lambda: GiniKLLoss()(A4, SOFT - .1), ValueError, r"soft targets must be finite and not negative, got values from -0.1 to 0.9"),
+    'mixed labels below 0': (
+        lambda: GiniKLLoss()(A4, MixedTargets(Y4, Y4 - 1, 0.5)),
+        ValueError,
+        r"label -1 is below 0",
+    ),
+    'mixed labels above n_classes': (
+        lambda: GiniKLLoss(n_classes=3)(A4, MixedTargets(Y4, Y4 + 1, 0.5)),
+        ValueError,
+        r"label 3 is not below n_classes=3",
+    ),
+    'mixed one-hot': (
+        lambda: GiniKLLoss()(A4, MixedTargets(SOFT, SOFT, 0.5)),
+        ValueError,
+        r"mixed targets must be labels \(m,\), got shape \(4, 3\)",
+    ),
+    'too few mixed labels': (
+        lambda: GiniKLLoss()(A4, MixedTargets(Y4[:3], Y4[:3], 0.5)),
+        ValueError,
+        r"3 targets for 4 rows",
+    ),
+    'soft below 0': (
+        lambda: GiniKLLoss()(A4, SOFT - 0.1),
+        ValueError,
+        r"soft targets must be finite and not negative, got values from -0.1 to 0.9",
+    ),
     'soft NaN': (lambda: GiniKLLoss()(A4, SOFT * math.nan), ValueError, r"soft targets must be finite"),
-    'soft infinite': (lambda: GiniKLLoss()(A4, SOFT / 0.), ValueError, r"soft targets must be finite"),
-    'soft too large': (lambda: GiniKLLoss()(A4, SOFT * 3e38), ValueError, r"soft targets of up to 3e\+38 are too large"),
-    'soft of the wrong width': (lambda: GiniKLLoss(n_classes=4)(A4, SOFT), ValueError, r"\(4, 3\) have 3 columns for n_classes=4"),
-    'n_classes 0': (lambda: GiniKLLoss(n_classes=0)(A4, Y4), ValueError, r"n_classes must be a positive integer, got 0"),
-    'n_classes a float': (lambda: GiniKLLoss(n_classes=3.)(A4, Y4), ValueError, r"n_classes must be a positive integer, got 3.0"),
-    'ignore_index None': (lambda: GiniKLLoss(ignore_index=None)(A4, Y4), TypeError, r"ignore_index must be an integer, got None"),
-    'NaN': (lambda: GiniKLLoss()(A4.clone().fill_(math.nan), Y4), ValueError, r"activations are NaN or infinite.* in 3 of 3 channels"),
-    'one NaN': (lambda: GiniKLLoss()(A4.index_fill(1, torch.tensor([1]), math.nan), Y4), ValueError, r"NaN or infinite.* in 1 of 3 channels"),
-    'infinite': (lambda: GiniKLLoss()(A4 / 0., Y4), ValueError, r"activations are NaN or infinite"),
-    'minus infinite': (lambda: GiniKLLoss()(-A4 / 0., Y4), ValueError, r"activations are NaN or infinite"),
-    'minus infinite under relu': (lambda: GiniKLLoss(rectify='relu')(-A4 / 0., Y4), ValueError, r"infinite"),
-    'NaN under none': (lambda: GiniKLLoss(rectify='none')(A4 * math.nan, Y4), ValueError, r"activations are NaN or infinite"),
-    'negative under none': (lambda: GiniKLLoss(rectify='none')(A4 - 2, Y4), ValueError, r"activations below zero \(-[12].*rectify='none'"),
-    'integer activations': (lambda: GiniKLLoss()(torch.ones(4, 3).long(), Y4), TypeError, r"activations must be floating point, got torch.int64"),
-    'complex activations': (lambda: GiniKLLoss()(A4 + 0j, Y4), TypeError, r"activations must be floating point, got torch.complex64"),
-    'activations as an array': (lambda: GiniKLLoss()(A4.numpy(), Y4), TypeError, r"activations must be a torch.Tensor, got ndarray"),
+    'soft infinite': (lambda: GiniKLLoss()(A4, SOFT / 0.0), ValueError, r"soft targets must be finite"),
+    'soft too large': (
+        lambda: GiniKLLoss()(A4, SOFT * 3e38),
+        ValueError,
+        r"soft targets of up to 3e\+38 are too large",
+    ),
+    'soft of the wrong width': (
+        lambda: GiniKLLoss(n_classes=4)(A4, SOFT),
+        ValueError,
+        r"\(4, 3\) have 3 columns for n_classes=4",
+    ),
+    'n_classes 0': (
+        lambda: GiniKLLoss(n_classes=0)(A4, Y4),
+        ValueError,
+        r"n_classes must be a positive integer, got 0",
+    ),
+    'n_classes a float': (
+        lambda: GiniKLLoss(n_classes=3.0)(A4, Y4),
+        ValueError,
+        r"n_classes must be a positive integer, got 3.0",
+    ),
+    'ignore_index None': (
+        lambda: GiniKLLoss(ignore_index=None)(A4, Y4),
+        TypeError,
+        r"ignore_index must be an integer, got None",
+    ),
+    'NaN': (
+        lambda: GiniKLLoss()(A4.clone().fill_(math.nan), Y4),
+        ValueError,
+        r"activations are NaN or infinite.* in 3 of 3 channels",
+    ),
+    'one NaN': (
+        lambda: GiniKLLoss()(A4.index_fill(1, torch.tensor([1]), math.nan), Y4),
+        ValueError,
+        r"NaN or infinite.* in 1 of 3 channels",
+    ),
+    'infinite': (lambda: GiniKLLoss()(A4 / 0.0, Y4), ValueError, r"activations are NaN or infinite"),
+    'minus infinite': (lambda: GiniKLLoss()(-A4 / 0.0, Y4), ValueError, r"activations are NaN or infinite"),
+    'minus infinite under relu': (lambda: GiniKLLoss(rectify='relu')(-A4 / 0.0, Y4), ValueError, r"infinite"),
+    'NaN under none': (
+        lambda: GiniKLLoss(rectify='none')(A4 * math.nan, Y4),
+        ValueError,
+        r"activations are NaN or infinite",
+    ),
+    'negative under none': (
+        lambda: GiniKLLoss(rectify='none')(A4 - 2, Y4),
+        ValueError,
+        r"activations below zero \(-[12].*rectify='none'",
+    ),
+    'integer activations': (
+        lambda: GiniKLLoss()(torch.ones(4, 3).long(), Y4),
+        TypeError,
+        r"activations must be floating point, got torch.int64",
+    ),
+    'complex activations': (
+        lambda: GiniKLLoss()(A4 + 0j, Y4),
+        TypeError,
+        r"activations must be floating point, got torch.complex64",
+    ),
+    'activations as an array': (
+        lambda: GiniKLLoss()(A4.numpy(), Y4),
+        TypeError,
+        r"activations must be a torch.Tensor, got ndarray",
+    ),
     'activations of rank 1': (lambda: GiniKLLoss()(A4[0], Y4), ValueError, r"at least 2 dimensions.*got shape \(3,\)"),
     'no channels': (lambda: GiniKLLoss()(A4[:, :0], Y4), ValueError, r"shape \(4, 0\) have an empty dimension"),
     'no pixels': (lambda: GiniKLLoss()(torch.rand(4, 3, 0, 2), Y4), ValueError, r"empty dimension"),
-    'channel_dim 0': (lambda: GiniKLLoss(channel_dim=0)(A4, Y4), ValueError, r"channel_dim=0 does not name a channel dimension.*dimension 0 is the batch"),
+    'channel_dim 0': (
+        lambda: GiniKLLoss(channel_dim=0)(A4, Y4),
+        ValueError,
+        r"channel_dim=0 does not name a channel dimension.*dimension 0 is the batch",
+    ),
     'channel_dim -2': (lambda: GiniKLLoss(channel_dim=-2)(A4, Y4), ValueError, r"channel_dim=-2"),
     'channel_dim 2': (lambda: GiniKLLoss(channel_dim=2)(A4, Y4), ValueError, r"channel_dim=2 .*use 1 to 1 or -1 to -1"),
     'channel_dim a string': (lambda: GiniKLLoss(channel_dim='c')(A4, Y4), ValueError, r"channel_dim=.*c"),
-    'rectify': (lambda: GiniKLLoss(rectify='square'), ValueError, r"rectify='square' is not known: use 'abs', 'relu' or 'none'"),
+    'rectify': (
+        lambda: GiniKLLoss(rectify='square'),
+        ValueError,
+        r"rectify='square' is not known: use 'abs', 'relu' or 'none'",
+    ),
     'rectify in a function': (lambda: gini_loss(A4, Y4, rectify='square'), ValueError, r"use 'abs', 'relu' or 'none'"),
-    'lambda_gini below 0': (lambda: GiniKLLoss(-.1), ValueError, r"lambda_gini must be finite and not negative, got -0.1"),
-    'lambda_kl below 0': (lambda: GiniKLLoss(lambda_kl=-1), ValueError, r"lambda_kl must be finite and not negative, got -1"),
+    'lambda_gini below 0': (
+        lambda: GiniKLLoss(-0.1),
+        ValueError,
+        r"lambda_gini must be finite and not negative, got -0.1",
+    ),
+    'lambda_kl below 0': (
+        lambda: GiniKLLoss(lambda_kl=-1),
+        ValueError,
+        r"lambda_kl must be finite and not negative, got -1",
+    ),
     'lambda NaN': (lambda: GiniKLLoss(math.nan), ValueError, r"lambda_gini must be finite"),
-    'lambda infinite': (lambda: GiniKLLoss(.5, math.inf), ValueError, r"lambda_kl must be finite"),
+    'lambda infinite': (lambda: GiniKLLoss(0.5, math.inf), ValueError, r"lambda_kl must be finite"),
     'lambda a word': (lambda: GiniKLLoss('much'), TypeError, r"lambda_gini must be a number, got 'much'"),
-    'lambda None': (lambda: GiniKLLoss(.5, None), TypeError, r"lambda_kl must be a number, got None"),
-    'class_means of maps': (lambda: class_means(torch.rand(4, 3, 2, 2), Y4), ValueError, r"shape \(m, c\), got \(4, 3, 2, 2\): call pool\(\) first"),
+    'lambda None': (lambda: GiniKLLoss(0.5, None), TypeError, r"lambda_kl must be a number, got None"),
+    'class_means of maps': (
+        lambda: class_means(torch.rand(4, 3, 2, 2), Y4),
+        ValueError,
+        r"shape \(m, c\), got \(4, 3, 2, 2\): call pool\(\) first",
+    ),
     'class_means of integers': (lambda: class_means(torch.ones(4, 3).long(), Y4), TypeError, r"floating point"),
     'class_means of a bad label': (lambda: class_means(A4, Y4, 2), ValueError, r"label 2 is not below n_classes=2"),
     'class_probs below 0': (lambda: class_probs(A4 - 1), ValueError, r"class means below zero"),
@@ -76,12 +214,32 @@ BAD = {
     'class_probs of integers': (lambda: class_probs(Y4[:, None]), TypeError, r"floating point, got torch.int64"),
     'gini_impurity of rank 1': (lambda: gini_impurity(A4[0]), ValueError, r"\(c, n\), got \(3,\)"),
     'gini_impurity of integers': (lambda: gini_impurity(Y4[:, None]), TypeError, r"floating point, got torch.int64"),
-    'gini_impurity of class averages': (lambda: gini_impurity(torch.tensor([[5., .5]])), ValueError, r"sum to 1, or be zero, got values from 0.5 to 5 and sums from 5.5 to 5.5: class_probs"),
-    'gini_impurity below 0': (lambda: gini_impurity(torch.tensor([[.5, .5], [1.5, -.5]])), ValueError, r"non-negative and sum to 1.*from -0.5 to 1.5"),
-    'gini_impurity NaN': (lambda: gini_impurity(torch.tensor([[math.nan, 1.]])), ValueError, r"non-negative and sum to 1"),
-    'feature_histogram of class averages': (lambda: feature_histogram(torch.tensor([[5., .5]])), ValueError, r"sum to 1, or be zero"),
+    'gini_impurity of class averages': (
+        lambda: gini_impurity(torch.tensor([[5.0, 0.5]])),
+        ValueError,
+        r"sum to 1, or be zero, got values from 0.5 to 5 and sums from 5.5 to 5.5: class_probs",
+    ),
+    'gini_impurity below 0': (
+        lambda: gini_impurity(torch.tensor([[0.5, 0.5], [1.5, -0.5]])),
+        ValueError,
+        r"non-negative and sum to 1.*from -0.5 to 1.5",
+    ),
+    'gini_impurity NaN': (
+        lambda: gini_impurity(torch.tensor([[math.nan, 1.0]])),
+        ValueError,
+        r"non-negative and sum to 1",
+    ),
+    'feature_histogram of class averages': (
+        lambda: feature_histogram(torch.tensor([[5.0, 0.5]])),
+        ValueError,
+        r"sum to 1, or be zero",
+    ),
     'feature_histogram of rank 1': (lambda: feature_histogram(A4[0]), ValueError, r"\(c, n\), got \(3,\)"),
-    'feature_histogram of integers': (lambda: feature_histogram(Y4[:, None]), TypeError, r"floating point, got torch.int64"),
+    'feature_histogram of integers': (
+        lambda: feature_histogram(Y4[:, None]),
+        TypeError,
+        r"floating point, got torch.int64",
+    ),
     'label_histogram of a bad label': (lambda: label_histogram(Y4, 2), ValueError, r"label 2 is not below n_classes=2"),
     'label_histogram of floats': (lambda: label_histogram(Y4.float()), TypeError, r"must be int64"),
     'diagnostics of a bad label': (lambda: diagnostics(A4, Y4, 2), ValueError, r"label 2 is not below n_classes=2"),
@@ -112,26 +270,35 @@ def test_numpy_integers_are_numbers():
 
 @pytest.mark.parametrize('n', [0, -3, 2.5, '3', True, torch.tensor(3)])
 def test_what_is_no_number_of_classes(n):
-    for call in (lambda: GiniKLLoss(n_classes=n), lambda: gini_loss(torch.rand(2, 3), torch.tensor([0, 1]), n_classes=n)):
+    for call in (
+        lambda: GiniKLLoss(n_classes=n),
+        lambda: gini_loss(torch.rand(2, 3), torch.tensor([0, 1]), n_classes=n),
+    ):
         with pytest.raises(ValueError, match="n_classes must be a positive integer"): call()
 
 @pytest.mark.parametrize('dim', [0, 1.5, '1'])
 def test_what_is_no_channel_dim(dim):
-    with pytest.raises(ValueError, match="channel_dim=.* does not name a channel dimension: use an integer"): GiniKLLoss(channel_dim=dim)
+    with pytest.raises(ValueError, match="channel_dim=.* does not name a channel dimension: use an integer"):
+        GiniKLLoss(channel_dim=dim)
+
 
 def test_a_weight_is_not_learnt():
-    with pytest.raises(TypeError, match="lambda_gini must be a constant, got a tensor that requires a gradient"): GiniKLLoss(torch.nn.Parameter(torch.tensor(.3)))
+    with pytest.raises(TypeError, match="lambda_gini must be a constant, got a tensor that requires a gradient"):
+        GiniKLLoss(torch.nn.Parameter(torch.tensor(0.3)))
     assert GiniKLLoss(torch.tensor(.5)).lambda_gini == .5
 
 # ---- Tensors of other kinds ----
 
 def jagged(): return torch.nested.nested_tensor([torch.rand(3, 6), torch.rand(5, 6)], layout=torch.jagged)
 KINDS = {
-    'jagged': (jagged, "to_padded_tensor"), 'nested': (lambda: torch.nested.nested_tensor([torch.rand(3, 6), torch.rand(5, 6)]), "to_padded_tensor"),
-    'sparse': (lambda: torch.rand(4, 3).to_sparse(), r"\.to_dense\(\)"), 'sparse rows': (lambda: torch.rand(4, 3).to_sparse_csr(), r"\.to_dense\(\)"),
-    'mkldnn': (lambda: torch.rand(4, 3).to_mkldnn(), r"\.to_dense\(\)"), 'float8': (lambda: torch.rand(4, 3).to(torch.float8_e4m3fn), r"\.float\(\)"),
-    'quantized': (lambda: torch.quantize_per_tensor(torch.rand(4, 3), .1, 0, torch.quint8), r"\.dequantize\(\)"),
-    'complex': (lambda: torch.rand(4, 3)*1j, r"\.abs\(\)"),
+    'jagged': (jagged, "to_padded_tensor"),
+    'nested': (lambda: torch.nested.nested_tensor([torch.rand(3, 6), torch.rand(5, 6)]), "to_padded_tensor"),
+    'sparse': (lambda: torch.rand(4, 3).to_sparse(), r"\.to_dense\(\)"),
+    'sparse rows': (lambda: torch.rand(4, 3).to_sparse_csr(), r"\.to_dense\(\)"),
+    'mkldnn': (lambda: torch.rand(4, 3).to_mkldnn(), r"\.to_dense\(\)"),
+    'float8': (lambda: torch.rand(4, 3).to(torch.float8_e4m3fn), r"\.float\(\)"),
+    'quantized': (lambda: torch.quantize_per_tensor(torch.rand(4, 3), 0.1, 0, torch.quint8), r"\.dequantize\(\)"),
+    'complex': (lambda: torch.rand(4, 3) * 1j, r"\.abs\(\)"),
 }
 
 @pytest.mark.parametrize('name', KINDS)
@@ -148,7 +315,12 @@ def test_other_kinds_of_tensors_are_refused(name):
 @pytest.mark.parametrize('name', ['sparse', 'mkldnn', 'float8', 'complex'])
 def test_the_advice_works(name):
     x = KINDS[name][0]()
-    remedy = {'sparse': lambda t: t.to_dense(), 'mkldnn': lambda t: t.to_dense(), 'float8': lambda t: t.float(), 'complex': lambda t: t.abs()}[name]
+    remedy = {
+        'sparse': lambda t: t.to_dense(),
+        'mkldnn': lambda t: t.to_dense(),
+        'float8': lambda t: t.float(),
+        'complex': lambda t: t.abs(),
+    }[name]
     assert GiniKLLoss()(remedy(x), Y4).isfinite()
 
 def test_the_advice_for_nested_tensors_works():
@@ -157,18 +329,27 @@ def test_the_advice_for_nested_tensors_works():
     x = torch.nested.to_padded_tensor(torch.nested.nested_tensor(rows, layout=torch.jagged), 0.).requires_grad_()
     mask = torch.arange(5) < torch.tensor([3, 5, 2, 4])[:, None]
     leaves = [r.clone().requires_grad_() for r in rows]
-    got, expected = GiniKLLoss(channel_dim=-1)(x, y, mask), GiniKLLoss()(torch.stack([r.abs().mean(0) for r in leaves]), y)
+    got, expected = (
+        GiniKLLoss(channel_dim=-1)(x, y, mask),
+        GiniKLLoss()(torch.stack([r.abs().mean(0) for r in leaves]), y),
+    )
     got.backward(); expected.backward()
-    torch.testing.assert_close(got, expected); torch.testing.assert_close(x.grad[mask], torch.cat([r.grad for r in leaves]))
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(x.grad[mask], torch.cat([r.grad for r in leaves]))
+
 
 # ---- Masks ----
 
 A5 = torch.rand(4, 3, 2, 5)
 MASKS = {
-    'shape': (torch.ones(4, 2).bool(), ValueError, r"mask of shape \(4, 2\).*one entry per position, shape \(4, 2, 5\)"),
+    'shape': (
+        torch.ones(4, 2).bool(),
+        ValueError,
+        r"mask of shape \(4, 2\).*one entry per position, shape \(4, 2, 5\)",
+    ),
     'with channels': (torch.ones(4, 3, 2, 5).bool(), ValueError, r"shape \(4, 2, 5\)"),
     'float': (torch.ones(4, 2, 5), TypeError, r"must be bool, or integers 0 and 1, got torch.float32: call .bool\(\)"),
-    'complex': (torch.ones(4, 2, 5)*1j, TypeError, r"must be bool"),
+    'complex': (torch.ones(4, 2, 5) * 1j, TypeError, r"must be bool"),
     'other integers': (torch.full((4, 2, 5), 2), ValueError, r"mask must be 0 or 1, got values from 2 to 2"),
     'a list': ([[True]], TypeError, r"mask must be a torch.Tensor, got list"),
     'nothing left': (torch.arange(4)[:, None, None].expand(4, 2, 5) != 2, ValueError, r"leaves nothing of image 2"),
@@ -177,27 +358,42 @@ MASKS = {
 @pytest.mark.parametrize('name', MASKS)
 def test_bad_masks(name):
     mask, kind, message = MASKS[name]
-    for call in (lambda: pool(A5, mask=mask), lambda: GiniKLLoss()(A5, Y4, mask), lambda: GiniKLLoss().terms(A5, Y4, mask=mask)):
+    for call in (
+        lambda: pool(A5, mask=mask),
+        lambda: GiniKLLoss()(A5, Y4, mask),
+        lambda: GiniKLLoss().terms(A5, Y4, mask=mask),
+    ):
         with pytest.raises(kind, match=message): call()
 
 # ---- Priors ----
 
 PRIORS = {
-    'too short': (dict(class_prior=[.5, .5], n_classes=3), r"each of the 3 classes, got shape \(2,\)"), 'a matrix': (dict(class_prior=torch.ones(3, 3)), r"got shape \(3, 3\)"),
-    'negative': (dict(class_prior=[.5, -.1, .6]), r"finite and not negative, got values from -0.1 to 0.6"), 'NaN': (dict(class_prior=[.5, math.nan, .5]), r"finite and not negative"),
-    'infinite': (dict(class_prior=[.5, math.inf, .5]), r"finite and not negative"), 'zeros': (dict(class_prior=[0, 0, 0]), r"0 for all classes"), 'empty': (dict(class_prior=[]), r"got shape \(0,\)"),
+    'too short': (dict(class_prior=[0.5, 0.5], n_classes=3), r"each of the 3 classes, got shape \(2,\)"),
+    'a matrix': (dict(class_prior=torch.ones(3, 3)), r"got shape \(3, 3\)"),
+    'negative': (dict(class_prior=[0.5, -0.1, 0.6]), r"finite and not negative, got values from -0.1 to 0.6"),
+    'NaN': (dict(class_prior=[0.5, math.nan, 0.5]), r"finite and not negative"),
+    'infinite': (dict(class_prior=[0.5, math.inf, 0.5]), r"finite and not negative"),
+    'zeros': (dict(class_prior=[0, 0, 0]), r"0 for all classes"),
+    'empty': (dict(class_prior=[]), r"got shape \(0,\)"),
 }
 
 @pytest.mark.parametrize('name', PRIORS)
 def test_bad_priors_are_told_at_construction(name):
     kwargs, message = PRIORS[name]
     with pytest.raises(ValueError, match=f"class_prior.*{message}"): GiniKLLoss(**kwargs)
-    with pytest.raises(ValueError, match="class_prior"): kl_loss(A4, Y4, **{**kwargs, 'n_classes': None}) if name != 'too short' else kl_loss(A4, Y4, class_prior=[.5, .5])
+    with pytest.raises(ValueError, match="class_prior"):
+        kl_loss(A4, Y4, **{**kwargs, 'n_classes': None}) if name != 'too short' else kl_loss(
+            A4, Y4, class_prior=[0.5, 0.5]
+        )
+
 
 @pytest.mark.parametrize('y', [Y4, SOFT, MixedTargets(Y4, Y4.flip(0), .5)], ids=['labels', 'soft', 'mixed'])
 def test_a_prior_of_zero_for_a_class_of_the_batch(y):
-    with pytest.raises(ValueError, match="class_prior is 0 for class 2, of which the batch has images"): GiniKLLoss(class_prior=[.5, .5, 0])(A4, y)
-    with pytest.raises(ValueError, match="class_prior (has 4 entries|is 0 for class 2)"): kl_loss(A4, y, class_prior=[.3, .3, 0, .4])
+    with pytest.raises(ValueError, match="class_prior is 0 for class 2, of which the batch has images"):
+        GiniKLLoss(class_prior=[0.5, 0.5, 0])(A4, y)
+    with pytest.raises(ValueError, match="class_prior (has 4 entries|is 0 for class 2)"):
+        kl_loss(A4, y, class_prior=[0.3, 0.3, 0, 0.4])
+
 
 # ---- Targets that are no classes ----
 
@@ -209,15 +405,29 @@ def test_regression_targets():
         assert '.long()' not in str(e.value)
 
 def test_rows_that_are_no_shares_get_a_word():
-    "Positive regression targets in several columns cannot be told from class shares for certain: a warning says how they are taken"
-    with pytest.warns(UserWarning, match="some rows sum to 15.7.*regression targets have no classes"): GiniKLLoss()(A4, torch.tensor([[12.5, 3.2], [.4, .6], [1, 0], [0, 1]]))
+    """Positive regression targets in several columns cannot be told from class shares for certain: a warning says how
+    they are taken"""
+    with pytest.warns(UserWarning, match="some rows sum to 15.7.*regression targets have no classes"):
+        GiniKLLoss()(A4, torch.tensor([[12.5, 3.2], [0.4, 0.6], [1, 0], [0, 1]]))
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        for y in (SOFT, SOFT*0, torch.ones(4, 3), torch.rand(4, 3).softmax(1), torch.rand(4, 3).softmax(1).half(), torch.tensor([[1., 1, 0], [0, 0, 0], [.2, .3, .5], [0, 1, 0]])): GiniKLLoss()(A4, y)
+        for y in (
+            SOFT,
+            SOFT * 0,
+            torch.ones(4, 3),
+            torch.rand(4, 3).softmax(1),
+            torch.rand(4, 3).softmax(1).half(),
+            torch.tensor([[1.0, 1, 0], [0, 0, 0], [0.2, 0.3, 0.5], [0, 1, 0]]),
+        ):
+            GiniKLLoss()(A4, y)
+
 
 def test_labels_for_each_position():
     "Refused, with a way that works: positions counted as images"
     A, y = torch.rand(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5))
-    with pytest.raises(ValueError, match=r"one label per position.*A\.movedim\(1, -1\)\.flatten\(0, -2\) and y\.flatten\(\)"): GiniKLLoss()(A, y)
+    with pytest.raises(
+        ValueError, match=r"one label per position.*A\.movedim\(1, -1\)\.flatten\(0, -2\) and y\.flatten\(\)"
+    ):
+        GiniKLLoss()(A, y)
     by_hand = torch.stack([A[k, :, i, j] for k in range(2) for i in range(4) for j in range(5)])
     assert torch.equal(GiniKLLoss()(A.movedim(1, -1).flatten(0, -2), y.flatten()), GiniKLLoss()(by_hand, y.reshape(-1)))

@@ -16,7 +16,9 @@ def other_layouts(A):
     yield A.to(memory_format=torch.channels_last)
     yield A.transpose(2, 3).contiguous().transpose(2, 3)
     yield torch.cat([A, A])[:len(A)]
-    big = torch.empty(A.shape[0]*2, A.shape[1], A.shape[2]*2, A.shape[3]).copy_(torch.rand(1)); big[::2, :, ::2] = A; yield big[::2, :, ::2]
+    big = torch.empty(A.shape[0] * 2, A.shape[1], A.shape[2] * 2, A.shape[3]).copy_(torch.rand(1))
+    big[::2, :, ::2] = A
+    yield big[::2, :, ::2]
     yield A.flip(0).flip(0)
 
 def test_memory_layout_does_not_matter():
@@ -26,13 +28,17 @@ def test_memory_layout_does_not_matter():
         expected = terms_and_gradients(A, targets)
         for other in other_layouts(A):
             assert torch.equal(other, A)
-            for got, e in zip(terms_and_gradients(other, targets), expected): torch.testing.assert_close(got, e, rtol=1e-6, atol=1e-9)
+            for got, e in zip(terms_and_gradients(other, targets), expected):
+                torch.testing.assert_close(got, e, rtol=1e-6, atol=1e-9)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        strided = torch.stack([y, y*1000], 1)[:10, 1]                                          # labels read from a table: not contiguous, renumbered
-        for got, e in zip(terms_and_gradients(A, strided), terms_and_gradients(A, strided.contiguous())): assert torch.equal(got, e)
+        strided = torch.stack([y, y * 1000], 1)[:10, 1]  # labels read from a table: not contiguous, renumbered
+        for got, e in zip(terms_and_gradients(A, strided), terms_and_gradients(A, strided.contiguous())):
+            assert torch.equal(got, e)
     expanded = A[:1].expand(10, -1, -1, -1)
-    for got, e in zip(terms_and_gradients(expanded, y[:10])[:2], terms_and_gradients(expanded.clone(), y[:10])[:2]): torch.testing.assert_close(got, e)
+    for got, e in zip(terms_and_gradients(expanded, y[:10])[:2], terms_and_gradients(expanded.clone(), y[:10])[:2]):
+        torch.testing.assert_close(got, e)
+
 
 def test_inputs_are_not_changed():
     A, y, soft = torch.randn(6, 3), torch.tensor([0, 1, -100, 2, 2, 0]), torch.rand(6, 4)
@@ -44,7 +50,11 @@ def test_tensor_subclasses():
     core = pytest.importorskip('fastai.torch_core')
     torch.manual_seed(0)
     A, y = torch.randn(8, 3, 2, 2), torch.randint(0, 3, (8,))
-    for kind, target in ((core.TensorImage, core.TensorCategory), (core.TensorImageBW, core.TensorCategory), (core.TensorBase, core.TensorBase)):
+    for kind, target in (
+        (core.TensorImage, core.TensorCategory),
+        (core.TensorImageBW, core.TensorCategory),
+        (core.TensorBase, core.TensorBase),
+    ):
         x = kind(A.clone()).requires_grad_()
         loss = GiniKLLoss()(x, target(y)); loss.backward()
         assert type(loss) is torch.Tensor and torch.equal(loss, GiniKLLoss()(A, y)) and x.grad is not None
@@ -52,7 +62,17 @@ def test_tensor_subclasses():
         assert torch.equal(GiniKLLoss()(kind(A), core.TensorMultiCategory(torch.eye(3)[y])), loss)
     assert type(gini_loss(torch.nn.Parameter(A), y)) is torch.Tensor
 
-@pytest.mark.parametrize('kwargs', [{}, dict(n_classes=5), dict(n_classes=10**6, reverse_kl=True), dict(rectify='relu', channel_dim=-1), dict(rectify='none', n_classes=5)], ids=str)
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        {},
+        dict(n_classes=5),
+        dict(n_classes=10**6, reverse_kl=True),
+        dict(rectify='relu', channel_dim=-1),
+        dict(rectify='none', n_classes=5),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize('soft', [False, True])
 def test_compiled_with_fullgraph(kwargs, soft):
     torch.manual_seed(0); torch._dynamo.reset()
@@ -62,7 +82,10 @@ def test_compiled_with_fullgraph(kwargs, soft):
     compiled = torch.compile(GiniKLLoss(**kwargs).terms, fullgraph=True, backend='aot_eager')
     x = A.clone().requires_grad_()
     gini, kl = compiled(x, y)
-    for got, expected in zip((gini, kl, *(torch.autograd.grad(t, x, retain_graph=True)[0] for t in (gini, kl))), terms_and_gradients(A, y, **kwargs)):
+    for got, expected in zip(
+        (gini, kl, *(torch.autograd.grad(t, x, retain_graph=True)[0] for t in (gini, kl))),
+        terms_and_gradients(A, y, **kwargs),
+    ):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
 
 @pytest.mark.parametrize('bad', ['nan', 'label too large', 'label below 0', 'negative', 'soft'])
@@ -83,7 +106,8 @@ def test_module_is_plain():
     loss = GiniKLLoss(.25, .75, rectify='relu', reverse_kl=True, n_classes=7)
     A, y = torch.randn(6, 3), torch.arange(6)
     assert not list(loss.parameters()) and not loss.state_dict()
-    for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), loss.half().train()): assert torch.equal(twin(A, y), loss(A, y))
+    for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), loss.half().train()):
+        assert torch.equal(twin(A, y), loss(A, y))
     assert "lambda_gini=0.25, lambda_kl=0.75" in repr(loss)
 
 def test_works_without_gradients():

@@ -1,12 +1,25 @@
-"""The loss against an independent oracle: values, derivatives, analytic cases, invariances, degenerate batches, mixed labels, a prior, a mask."""
+"""The loss against an independent oracle: values, derivatives, analytic cases, invariances, degenerate batches, mixed
+labels, a prior, a mask."""
+
 import math
 
 import pytest
 import torch
 from oracle import as_lists, from_positions, one_hot_rows, oracle, random_case, terms_and_gradients
 
-from gini_loss.losses import (GiniKLLoss, class_means, class_probs, diagnostics, feature_histogram, gini_impurity, gini_loss, kl_loss,
-    label_histogram, pool, pull)
+from gini_loss.losses import (
+    GiniKLLoss,
+    class_means,
+    class_probs,
+    diagnostics,
+    feature_histogram,
+    gini_impurity,
+    gini_loss,
+    kl_loss,
+    label_histogram,
+    pool,
+    pull,
+)
 from gini_loss.running import RunningGiniKLLoss
 from gini_loss.targets import MixedTargets, label_matrix
 
@@ -18,9 +31,21 @@ def test_agrees_with_the_oracle(chunk):
         o = oracle(as_lists(A, kwargs['channel_dim']), Y, kwargs['rectify'], reverse)
         gini, kl, d_gini, d_kl = terms_and_gradients(A, y, reverse_kl=reverse, **kwargs)
         assert gini.dtype == kl.dtype == torch.float64 and gini.ndim == kl.ndim == 0
-        assert abs(gini.item() - o['gini']) < 1e-10 and abs(kl.item() - o['kl']) < 1e-10, (seed, gini, o['gini'], kl, o['kl'])
+        assert abs(gini.item() - o['gini']) < 1e-10 and abs(kl.item() - o['kl']) < 1e-10, (
+            seed,
+            gini,
+            o['gini'],
+            kl,
+            o['kl'],
+        )
         for got, expected in ((d_gini, o['d_gini']), (d_kl, o['d_kl'])):
-            torch.testing.assert_close(got, from_positions(expected, A, kwargs['channel_dim']), rtol=0, atol=1e-10, msg=lambda s: f"seed {seed}: {s}")
+            torch.testing.assert_close(
+                got,
+                from_positions(expected, A, kwargs['channel_dim']),
+                rtol=0,
+                atol=1e-10,
+                msg=lambda s: f"seed {seed}: {s}",
+            )
         torch.testing.assert_close(gini_loss(A, y, **kwargs), gini, rtol=0, atol=1e-12)
         torch.testing.assert_close(kl_loss(A, y, reverse, **kwargs), kl, rtol=0, atol=1e-12)
         weighted = GiniKLLoss(.3, 1.7, reverse_kl=reverse, **kwargs)(A, y)
@@ -34,13 +59,23 @@ def test_each_step_agrees_with_the_oracle(seed):
         y = torch.where(y == kwargs['ignore_index'], y, y % 10); n = 12; Y = one_hot_rows(y, n, kwargs['ignore_index'])
     else: n, Y = y.shape[1], y.tolist()
     o = oracle(as_lists(A, kwargs['channel_dim']), Y, kwargs['rectify'])
-    def close(got, expected): torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64).reshape(got.shape), rtol=0, atol=1e-12)
+
+    def close(got, expected):
+        torch.testing.assert_close(
+            got, torch.tensor(expected, dtype=torch.float64).reshape(got.shape), rtol=0, atol=1e-12
+        )
+
     M = pool(A, kwargs['rectify'], kwargs['channel_dim']); close(M, o['M'])
     S = class_means(M, y, n, kwargs['ignore_index']); close(S, o['S'])
     P = class_probs(S); close(P, o['P'])
     close(gini_impurity(P)[o['live']], [o['impurity'][i] for i in o['live']])
     close(feature_histogram(P), o['hS'])
-    torch.testing.assert_close(label_histogram(y, n, kwargs['ignore_index']).double(), torch.tensor(o['hY'], dtype=torch.float64), rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        label_histogram(y, n, kwargs['ignore_index']).double(),
+        torch.tensor(o['hY'], dtype=torch.float64),
+        rtol=0,
+        atol=1e-7,
+    )
     d = diagnostics(A, y, **{**kwargs, 'n_classes': n})
     close(d.probs, o['P']); close(d.feature_histogram, o['hS']); assert d.gini == pytest.approx(o['gini'], abs=1e-10)
     assert d.kl == pytest.approx(oracle(as_lists(A, kwargs['channel_dim']), Y, kwargs['rectify'])['kl'], abs=1e-10)
@@ -66,7 +101,9 @@ def test_soft_targets_have_a_gradient_too():
     "A learned label (a teacher, a mixing weight) gets the gradient of Eqs. 4 and 7"
     torch.manual_seed(0)
     A, y = torch.rand(5, 3, dtype=torch.float64), torch.rand(5, 4, dtype=torch.float64).requires_grad_()
-    for reverse in (False, True): assert torch.autograd.gradcheck(lambda y: GiniKLLoss(reverse_kl=reverse).terms(A, y), y)
+    for reverse in (False, True):
+        assert torch.autograd.gradcheck(lambda y: GiniKLLoss(reverse_kl=reverse).terms(A, y), y)
+
 
 # ---- What is known without computing ----
 
@@ -81,7 +118,13 @@ def test_channels_that_fire_for_one_class_are_pure(n):
 def test_channels_that_fire_for_all_alike_are_at_the_bound(n):
     y = torch.arange(3*n) % n
     gini, kl, d_gini, d_kl = terms_and_gradients(torch.full((3*n, 4), .7, dtype=torch.float64), y)
-    assert gini.item() == pytest.approx(1 - 1/n, abs=1e-14) and abs(kl.item()) < 1e-14 and d_gini.abs().max() < 1e-13 and d_kl.abs().max() < 1e-13
+    assert (
+        gini.item() == pytest.approx(1 - 1 / n, abs=1e-14)
+        and abs(kl.item()) < 1e-14
+        and d_gini.abs().max() < 1e-13
+        and d_kl.abs().max() < 1e-13
+    )
+
 
 @pytest.mark.parametrize('reverse', [False, True])
 def test_kl_is_zero_for_equal_histograms_only(reverse):
@@ -100,7 +143,7 @@ def test_bounds(reverse):
         most = math.log(1e10) if reverse else -label_histogram(y).min().log().item()
         assert 0 <= gini <= 1 - 1/n + 1e-15 and -1e-15 <= kl <= most + 1e-9
     y = torch.tensor([0, 0, 0, 1])
-    A = (y == 1).double()[:, None].expand(4, 5)                                                # all channels on the rarest class
+    A = (y == 1).double()[:, None].expand(4, 5)  # all channels on the rarest class
     expected = .75*math.log(.75e10) + .25*math.log(.25) if reverse else math.log(4)
     assert kl_loss(A, y, reverse).item() == pytest.approx(expected, abs=1e-9)
 
@@ -115,11 +158,17 @@ def test_order_of_images_channels_positions_and_classes_does_not_matter():
         moved = terms_and_gradients(A.flatten(2)[images][:, channels][:, :, positions], y[images], reverse_kl=reverse)
         for got, expected in zip(moved[:2], base[:2]): torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
         for got, expected in zip(moved[2:], base[2:]):
-            torch.testing.assert_close(got, expected.flatten(2)[images][:, channels][:, :, positions], rtol=0, atol=1e-14)
+            torch.testing.assert_close(
+                got, expected.flatten(2)[images][:, channels][:, :, positions], rtol=0, atol=1e-14
+            )
         for new in (classes[y], classes[y]*1000, y + 5, y + 2**40):
-            for got, expected in zip(terms_and_gradients(A, new, reverse_kl=reverse), base): torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
+            for got, expected in zip(terms_and_gradients(A, new, reverse_kl=reverse), base):
+                torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
         soft = torch.rand(30, 6, dtype=torch.float64)
-        for got, expected in zip(terms_and_gradients(A, soft[:, classes], reverse_kl=reverse), terms_and_gradients(A, soft, reverse_kl=reverse)):
+        for got, expected in zip(
+            terms_and_gradients(A, soft[:, classes], reverse_kl=reverse),
+            terms_and_gradients(A, soft, reverse_kl=reverse),
+        ):
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
@@ -139,41 +188,60 @@ def test_scale_of_soft_targets_does_not_matter():
     base = terms_and_gradients(A, y)
     assert torch.equal(label_histogram(torch.full((2, 4), 1e-42)), torch.full((4,), .25))
     for k in (-140, -120, -40, 40, 100):
-        for got, expected in zip(terms_and_gradients(A, y * 2.**k), base): torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7 if k > -126 else 1e-3)
+        for got, expected in zip(terms_and_gradients(A, y * 2.0**k), base):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7 if k > -126 else 1e-3)
+
 
 def test_repeating_the_batch_changes_nothing():
     torch.manual_seed(0)
     A, y = torch.rand(10, 4, dtype=torch.float64), torch.randint(0, 5, (10,))
-    for got, expected in zip(GiniKLLoss().terms(A.repeat(3, 1), y.repeat(3)), GiniKLLoss().terms(A, y)): assert abs(got - expected) < 1e-14
+    for got, expected in zip(GiniKLLoss().terms(A.repeat(3, 1), y.repeat(3)), GiniKLLoss().terms(A, y)):
+        assert abs(got - expected) < 1e-14
+
 
 # ---- Hard labels and their one-hot rows ----
 
 @pytest.mark.parametrize('m,c,n', [(16, 5, 3), (64, 33, 10), (100, 64, 100), (7, 3, 7), (128, 512, 17)])
 @pytest.mark.parametrize('reverse', [False, True])
 def test_one_hot_rows_equal_labels_exactly(m, c, n, reverse):
-    "Bit for bit, values and gradients, where both make the same matrix Y: n <= m, with n_classes given or the largest label present"
+    """Bit for bit, values and gradients, where both make the same matrix Y: n <= m, with n_classes given or the largest
+    label present"""
     torch.manual_seed(0)
     A, y = torch.randn(m, c, 3), torch.cat([torch.arange(n), torch.randint(0, n, (m - n,))])
     one_hot = torch.nn.functional.one_hot(y, n).float()
     for n_classes in (None, n):
-        for got, expected in zip(terms_and_gradients(A, one_hot, n_classes=n_classes, reverse_kl=reverse),
-                                 terms_and_gradients(A, y, n_classes=n_classes, reverse_kl=reverse)): assert torch.equal(got, expected)
-    for kept in (one_hot.half(), one_hot.bfloat16(), one_hot.double()):                         # 0 and 1 are exact in any of them
-        assert torch.equal(gini_loss(A, kept), gini_loss(A, y)) and torch.equal(kl_loss(A, kept, reverse), kl_loss(A, y, reverse))
+        for got, expected in zip(
+            terms_and_gradients(A, one_hot, n_classes=n_classes, reverse_kl=reverse),
+            terms_and_gradients(A, y, n_classes=n_classes, reverse_kl=reverse),
+        ):
+            assert torch.equal(got, expected)
+    for kept in (one_hot.half(), one_hot.bfloat16(), one_hot.double()):  # 0 and 1 are exact in any of them
+        assert torch.equal(gini_loss(A, kept), gini_loss(A, y)) and torch.equal(
+            kl_loss(A, kept, reverse), kl_loss(A, y, reverse)
+        )
     y[::3] = -100
-    left_out = one_hot * (y != -100).float()[:, None]                                           # a row of zeros takes no part either
-    for got, expected in zip(terms_and_gradients(A, left_out, reverse_kl=reverse), terms_and_gradients(A, y, n_classes=n, reverse_kl=reverse)):
+    left_out = one_hot * (y != -100).float()[:, None]  # a row of zeros takes no part either
+    for got, expected in zip(
+        terms_and_gradients(A, left_out, reverse_kl=reverse), terms_and_gradients(A, y, n_classes=n, reverse_kl=reverse)
+    ):
         assert torch.equal(got, expected)
 
 @pytest.mark.parametrize('n', [200, 10**4])
 def test_one_hot_rows_equal_labels_with_more_classes_than_images(n):
-    "Labels are then renumbered into fewer columns, so sums over columns round in another order: equal to a few units in the last place"
+    """Labels are then renumbered into fewer columns, so sums over columns round in another order: equal to a few units
+    in the last place"""
     torch.manual_seed(0)
     A, y = torch.randn(64, 20, 3), torch.randint(0, n, (64,))
     one_hot = torch.nn.functional.one_hot(y, n).float()
     for reverse in (False, True):
-        for got, expected in zip(terms_and_gradients(A, one_hot, reverse_kl=reverse), terms_and_gradients(A, y, n_classes=n, reverse_kl=reverse)):
-            torch.testing.assert_close(got, expected, rtol=0, atol=4 * torch.finfo(torch.float32).eps * expected.abs().max().item())
+        for got, expected in zip(
+            terms_and_gradients(A, one_hot, reverse_kl=reverse),
+            terms_and_gradients(A, y, n_classes=n, reverse_kl=reverse),
+        ):
+            torch.testing.assert_close(
+                got, expected, rtol=0, atol=4 * torch.finfo(torch.float32).eps * expected.abs().max().item()
+            )
+
 
 @pytest.mark.parametrize('n_classes', [None, 10**6])
 def test_a_million_classes_equal_their_compact_numbering(n_classes):
@@ -182,8 +250,12 @@ def test_a_million_classes_equal_their_compact_numbering(n_classes):
     y[:20] = y[20:40]; y[-1] = -100
     compact = torch.unique(y, return_inverse=True)[1]
     for reverse in (False, True):
-        for got, expected in zip(terms_and_gradients(A, y, n_classes=n_classes, reverse_kl=reverse),
-                                 terms_and_gradients(A, compact, ignore_index=0, reverse_kl=reverse)): torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
+        for got, expected in zip(
+            terms_and_gradients(A, y, n_classes=n_classes, reverse_kl=reverse),
+            terms_and_gradients(A, compact, ignore_index=0, reverse_kl=reverse),
+        ):
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
+
 
 def test_a_million_classes_need_no_million_columns():
     Y = label_matrix(torch.randint(0, 10**6, (64,)), n_classes=10**6, renumber=True)
@@ -195,18 +267,26 @@ def test_ignored_images_take_no_part(ignore_index):
     A, y = torch.randn(40, 6, dtype=torch.float64), torch.randint(0, 5, (40,))
     y[::4] = ignore_index; kept = y != ignore_index
     for n_classes in (None, 5):
-        got, expected = terms_and_gradients(A, y, ignore_index=ignore_index, n_classes=n_classes), terms_and_gradients(A[kept], y[kept], n_classes=n_classes)
+        got, expected = (
+            terms_and_gradients(A, y, ignore_index=ignore_index, n_classes=n_classes),
+            terms_and_gradients(A[kept], y[kept], n_classes=n_classes),
+        )
         for g, e in zip(got[:2], expected[:2]): torch.testing.assert_close(g, e, rtol=0, atol=1e-14)
         for g, e in zip(got[2:], expected[2:]):
             torch.testing.assert_close(g[kept], e, rtol=0, atol=1e-14); assert (g[~kept] == 0).all()
-    assert class_means(A, y, ignore_index=ignore_index).shape == (6, int(y[kept].max()) + 1)    # an ignored label needs no column
+    assert class_means(A, y, ignore_index=ignore_index).shape == (
+        6,
+        int(y[kept].max()) + 1,
+    )  # an ignored label needs no column
     assert label_histogram(y, ignore_index=ignore_index).shape == (int(y[kept].max()) + 1,)
 
 # ---- Degenerate batches ----
 
 @pytest.mark.parametrize('reverse', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('case', ['absent', 'one class', 'one image', 'some dead', 'all dead', 'class without a channel', 'one pixel'])
+@pytest.mark.parametrize(
+    'case', ['absent', 'one class', 'one image', 'some dead', 'all dead', 'class without a channel', 'one pixel']
+)
 def test_degenerate_batches_are_finite(case, dtype, reverse):
     torch.manual_seed(0)
     A, y = torch.randn(6, 4, 2, 2), torch.tensor([0, 1, 2, 0, 1, 2])
@@ -222,16 +302,30 @@ def test_degenerate_batches_are_finite(case, dtype, reverse):
     if case in ('one class', 'one image', 'all dead'): assert gini == kl == 0
     dead = (A == 0).all(0).flatten(1).all(1)
     assert (d_gini[:, dead] == 0).all() and (d_kl[:, dead] == 0).all()
-    if case == 'some dead':                                                                    # as if they were not there
-        for got, expected in zip((gini, kl), GiniKLLoss(reverse_kl=reverse).terms(A[:, ::2].to(dtype), y)): torch.testing.assert_close(got, expected)
+    if case == 'some dead':  # as if they were not there
+        for got, expected in zip((gini, kl), GiniKLLoss(reverse_kl=reverse).terms(A[:, ::2].to(dtype), y)):
+            torch.testing.assert_close(got, expected)
 
-@pytest.mark.parametrize('make', [lambda: (torch.rand(0, 3, 2, 2), torch.zeros(0).long()), lambda: (torch.rand(0, 3), torch.zeros(0, 5)),
-    lambda: (torch.rand(4, 3), torch.full((4,), -100)), lambda: (torch.rand(4, 3), torch.zeros(4, 5))], ids=['empty', 'empty soft', 'all ignored', 'rows of zeros'])
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: (torch.rand(0, 3, 2, 2), torch.zeros(0).long()),
+        lambda: (torch.rand(0, 3), torch.zeros(0, 5)),
+        lambda: (torch.rand(4, 3), torch.full((4,), -100)),
+        lambda: (torch.rand(4, 3), torch.zeros(4, 5)),
+    ],
+    ids=['empty', 'empty soft', 'all ignored', 'rows of zeros'],
+)
 @pytest.mark.parametrize('reverse', [False, True])
 @pytest.mark.parametrize('n_classes', [None, 5])
 def test_nothing_to_average_gives_zero_with_a_graph(make, reverse, n_classes):
     A, y = make(); A.requires_grad_()
-    for loss in (gini_loss(A, y, n_classes=n_classes), kl_loss(A, y, reverse, n_classes=n_classes), GiniKLLoss(n_classes=n_classes, reverse_kl=reverse)(A, y)):
+    for loss in (
+        gini_loss(A, y, n_classes=n_classes),
+        kl_loss(A, y, reverse, n_classes=n_classes),
+        GiniKLLoss(n_classes=n_classes, reverse_kl=reverse)(A, y),
+    ):
         assert loss.item() == 0 and loss.requires_grad
         A.grad = None; loss.backward()
         assert A.grad.shape == A.shape and (A.grad == 0).all()
@@ -241,7 +335,12 @@ def test_nothing_to_average_gives_zero_with_a_graph(make, reverse, n_classes):
 def mixed_case(seed, m, c, n, ignored=False):
     "A batch with two labels for each image, and the same as a matrix of all classes"
     torch.manual_seed(seed)
-    A, y, other, lam = torch.randn(m, c, 2, dtype=torch.float64), torch.randint(0, n, (m,)), torch.randint(0, n, (m,)), torch.rand(m, dtype=torch.float64)
+    A, y, other, lam = (
+        torch.randn(m, c, 2, dtype=torch.float64),
+        torch.randint(0, n, (m,)),
+        torch.randint(0, n, (m,)),
+        torch.rand(m, dtype=torch.float64),
+    )
     other[:m//4] = y[:m//4]; lam[m//2:m//2 + 3] = torch.tensor([0., 1, .5])[:max(0, m - m//2)]
     if ignored: y, other = (torch.where(torch.rand(m) < .3, -100, t) for t in (y, other))
     dense = torch.zeros(m, n, dtype=torch.float64)
@@ -250,12 +349,16 @@ def mixed_case(seed, m, c, n, ignored=False):
             if label >= 0: dense[k, label] += share
     return A, MixedTargets(y, other, lam), dense
 
-@pytest.mark.parametrize('m, c, n', [(20, 6, 3), (20, 6, 39), (20, 6, 41), (20, 6, 5000), (80, 5, 100), (80, 5, 129), (80, 5, 5000), (1, 3, 50)])
+@pytest.mark.parametrize(
+    'm, c, n',
+    [(20, 6, 3), (20, 6, 39), (20, 6, 41), (20, 6, 5000), (80, 5, 100), (80, 5, 129), (80, 5, 5000), (1, 3, 50)],
+)
 @pytest.mark.parametrize('ignored', [False, True])
 @pytest.mark.parametrize('give_n', [False, True])
 @pytest.mark.parametrize('reverse', [False, True])
 def test_mixed_labels_equal_the_matrix_of_all_classes(m, c, n, ignored, give_n, reverse):
-    "Terms, gradients and the second derivative, to 1e-12, by products and by rows, with fewer classes and with more than two for each image"
+    """Terms, gradients and the second derivative, to 1e-12, by products and by rows, with fewer classes and with more
+    than two for each image"""
     A, mixed, dense = mixed_case(m + n, m, c, n, ignored)
     x, loss = A.requires_grad_(), GiniKLLoss(reverse_kl=reverse, n_classes=n if give_n else None)
     Y = label_matrix(mixed, n_classes=n if give_n else None, renumber=True)
@@ -274,11 +377,16 @@ def test_mixed_labels_compiled(n_classes, m):
     A, mixed, dense = mixed_case(0, m, 5, 7)
     A, y, other, lam = A.float(), mixed.labels, mixed.others, mixed.lam.float()
     loss = GiniKLLoss(n_classes=n_classes)
-    compiled = torch.compile(lambda A, y, other, lam: loss(A, MixedTargets(y, other, lam)), fullgraph=True, backend='aot_eager')
+    compiled = torch.compile(
+        lambda A, y, other, lam: loss(A, MixedTargets(y, other, lam)), fullgraph=True, backend='aot_eager'
+    )
     x, z = A.clone().requires_grad_(), A.double().requires_grad_()
     got, expected = compiled(x, y, other, lam), GiniKLLoss()(z, dense)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(torch.autograd.grad(got, x)[0].double(), torch.autograd.grad(expected, z)[0], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, x)[0].double(), torch.autograd.grad(expected, z)[0], rtol=1e-4, atol=1e-7
+    )
+
 
 # ---- A prior in the place of the batch's labels ----
 
@@ -296,12 +404,15 @@ PRIOR = [.3, .1, .25, .05, .2, .1]
 def prior_case(kind, m=14, n=6):
     "Targets of some of six classes, and their matrix as lists"
     g = torch.Generator().manual_seed(3)
-    y = torch.randint(0, 4, (m,), generator=g)                                                  # classes 4 and 5 are absent
+    y = torch.randint(0, 4, (m,), generator=g)  # classes 4 and 5 are absent
     if kind == 'ignored': y[::4] = -100
     if kind in ('labels', 'ignored'): return y, one_hot_rows(y, n)
     if kind == 'mixed':
         other, lam = torch.randint(0, 5, (m,), generator=g), torch.rand(m, generator=g, dtype=torch.float64)
-        Y = [[lam[k].item() * (y[k].item() == j) + (1 - lam[k].item()) * (other[k].item() == j) for j in range(n)] for k in range(m)]
+        Y = [
+            [lam[k].item() * (y[k].item() == j) + (1 - lam[k].item()) * (other[k].item() == j) for j in range(n)]
+            for k in range(m)
+        ]
         return MixedTargets(y, other, lam), Y
     soft = torch.rand(m, n, generator=g, dtype=torch.float64).softmax(1); soft[:, 2] = 0
     return soft, soft.tolist()
@@ -315,10 +426,19 @@ def test_a_prior_stands_for_the_labels(kind, reverse):
     for prior in (PRIOR, torch.tensor(PRIOR)*640, [round(1000*p) for p in PRIOR]):
         loss = GiniKLLoss(reverse_kl=reverse, class_prior=prior)
         gini, kl = loss.terms(A, y)
-        assert loss.n_classes == 6 and kl.item() == pytest.approx(expected, abs=1e-7) and gini == GiniKLLoss().terms(A, y)[0]
+        assert (
+            loss.n_classes == 6
+            and kl.item() == pytest.approx(expected, abs=1e-7)
+            and gini == GiniKLLoss().terms(A, y)[0]
+        )
         assert kl_loss(A, y, reverse, class_prior=prior).item() == pytest.approx(expected, abs=1e-7)
-        assert RunningGiniKLLoss(reverse_kl=reverse, class_prior=prior, n_batches=1).terms(A, y)[1].item() == pytest.approx(expected, abs=1e-7)
-    assert torch.autograd.gradcheck(lambda A: GiniKLLoss(reverse_kl=reverse, class_prior=PRIOR).terms(A, y)[1], A.requires_grad_())
+        assert RunningGiniKLLoss(reverse_kl=reverse, class_prior=prior, n_batches=1).terms(A, y)[
+            1
+        ].item() == pytest.approx(expected, abs=1e-7)
+    assert torch.autograd.gradcheck(
+        lambda A: GiniKLLoss(reverse_kl=reverse, class_prior=PRIOR).terms(A, y)[1], A.requires_grad_()
+    )
+
 
 def test_a_prior_with_renumbered_classes():
     "More classes than images: the prior is looked up for the columns that the batch has"
@@ -349,7 +469,9 @@ def test_pull_is_the_norm_of_each_gradient(dtype):
     main = torch.nn.functional.cross_entropy(A.relu().mean((2, 3)) @ W, y)
     p = pull(A, y, main, lambda_gini=7., reverse_kl=True, class_prior=[1, 2, 3, 4])
     expected = torch.autograd.grad(main, A)[0].double().norm().item()
-    gini, kl = (g.norm().item() for g in terms_and_gradients(A.double(), y, reverse_kl=True, class_prior=[1, 2, 3, 4])[2:])
+    gini, kl = (
+        g.norm().item() for g in terms_and_gradients(A.double(), y, reverse_kl=True, class_prior=[1, 2, 3, 4])[2:]
+    )
     assert p._fields == ('main', 'gini', 'kl') and p == pytest.approx((expected, gini, kl), rel=1e-12)
 
 # ---- Masked positions ----
@@ -366,7 +488,8 @@ def test_masked_positions_take_no_part(rectify, kind):
     given, y = mask if kind == 'bool' else mask.long(), torch.tensor([0, 1, 1, 2, 0])
     torch.testing.assert_close(pool(padded, rectify, -1, given), M)
     loss = GiniKLLoss(rectify=rectify, channel_dim=-1)
-    for got, expected in zip(loss.terms(padded, y, mask=given), GiniKLLoss(rectify='none').terms(M, y)): torch.testing.assert_close(got, expected)
+    for got, expected in zip(loss.terms(padded, y, mask=given), GiniKLLoss(rectify='none').terms(M, y)):
+        torch.testing.assert_close(got, expected)
     grad, = torch.autograd.grad(loss(padded, y, given), padded)
     assert (grad[~mask] == 0).all() and grad.isfinite().all() and (grad[mask] != 0).any()
 
@@ -376,4 +499,5 @@ def test_padding_does_not_matter():
     padded = torch.nn.functional.pad(A, (0, 3, 0, 5), value=9.)
     mask = torch.zeros(6, 8, 5, dtype=torch.bool); mask[:, :3, :2] = True
     for make in (GiniKLLoss, lambda: RunningGiniKLLoss(n_classes=3)):
-        for got, expected in zip(make().terms(padded, y, mask), make().terms(A, y)): torch.testing.assert_close(got, expected)
+        for got, expected in zip(make().terms(padded, y, mask), make().terms(A, y)):
+            torch.testing.assert_close(got, expected)

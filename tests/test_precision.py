@@ -20,7 +20,9 @@ def realistic(name):
     if name == 'specialised': return torch.rand(200, 256) * (own + 1e-3), y
     if name == 'pure': return torch.rand(200, 256) * (own + 1e-6), y
     if name == 'mixed labels': return torch.randn(64, 32, 2, 2), torch.rand(64, 10).softmax(1)
-    if name == 'teacher': return torch.rand(64, 32), (torch.randn(64, 10) * 30).softmax(1)     # probabilities down to 1e-45
+    if name == 'teacher':
+        return torch.rand(64, 32), (torch.randn(64, 10) * 30).softmax(1)  # probabilities down to 1e-45
+
 
 REALISTIC = ['initial', 'few images', 'balanced', 'specialised', 'pure', 'mixed labels', 'teacher']
 def relative(got, expected): return ((got.double() - expected).norm() / expected.norm()).item()
@@ -30,8 +32,15 @@ def relative(got, expected): return ((got.double() - expected).norm() / expected
 def test_precision_of_float32(name, reverse):
     "At most 1e-5 from float64, for the value and the gradient of either term, also where the terms are close to zero"
     A, y = realistic(name)
-    got, expected = terms_and_gradients(A, y, reverse_kl=reverse), terms_and_gradients(A.double(), y, reverse_kl=reverse)
-    assert got[0].dtype == torch.float32 and [round(relative(g, e), 9) for g, e in zip(got, expected) if relative(g, e) > 1e-5] == []
+    got, expected = (
+        terms_and_gradients(A, y, reverse_kl=reverse),
+        terms_and_gradients(A.double(), y, reverse_kl=reverse),
+    )
+    assert (
+        got[0].dtype == torch.float32
+        and [round(relative(g, e), 9) for g, e in zip(got, expected) if relative(g, e) > 1e-5] == []
+    )
+
 
 @pytest.mark.parametrize('dtype,tolerance', [(torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
 @pytest.mark.parametrize('name', REALISTIC)
@@ -39,13 +48,23 @@ def test_precision_of_float32(name, reverse):
 def test_precision_of_half_inputs(name, dtype, tolerance, reverse):
     "Computed in float32 whatever comes in: only the rounding of the gradient to the input's own precision remains"
     A, y = realistic(name)
-    if dtype == torch.float16: A = A.clamp(max=64.) * 16                                       # away from float16's own underflow
-    got, expected = terms_and_gradients(A.to(dtype), y, reverse_kl=reverse), terms_and_gradients(A.to(dtype).double(), y, reverse_kl=reverse)
+    if dtype == torch.float16:
+        A = A.clamp(max=64.0) * 16  # away from float16's own underflow
+    got, expected = (
+        terms_and_gradients(A.to(dtype), y, reverse_kl=reverse),
+        terms_and_gradients(A.to(dtype).double(), y, reverse_kl=reverse),
+    )
     assert got[0].dtype == got[1].dtype == torch.float32 and got[2].dtype == dtype
-    scale = 2.**16 if dtype == torch.float16 else 1.                                           # float16 is trained with a GradScaler
+    scale = 2.0**16 if dtype == torch.float16 else 1.0  # float16 is trained with a GradScaler
     if dtype == torch.float16:
         x = A.to(dtype).requires_grad_()
-        got = *got[:2], *(torch.autograd.grad(t * scale, x, retain_graph=True)[0].double() / scale for t in GiniKLLoss(reverse_kl=reverse).terms(x, y))
+        got = (
+            *got[:2],
+            *(
+                torch.autograd.grad(t * scale, x, retain_graph=True)[0].double() / scale
+                for t in GiniKLLoss(reverse_kl=reverse).terms(x, y)
+            ),
+        )
     assert [relative(g, e) for g, e in zip(got, expected) if relative(g, e) > tolerance] == []
 
 @pytest.mark.parametrize('reverse', [False, True])
@@ -64,7 +83,7 @@ def test_autocast_changes_nothing(dtype, amp):
     for targets in (y, torch.rand(20, 5)):
         outside = GiniKLLoss()(A, targets)
         with torch.autocast('cpu', amp): inside = GiniKLLoss()(A, targets)
-        gradients = [torch.autograd.grad(loss, A)[0] for loss in (inside, outside)]             # backward belongs outside autocast
+        gradients = [torch.autograd.grad(loss, A)[0] for loss in (inside, outside)]  # backward belongs outside autocast
         assert torch.equal(inside, outside) and inside.dtype == outside.dtype and torch.equal(*gradients)
 
 def test_soft_targets_of_another_precision_do_not_change_the_result_type():
@@ -81,7 +100,10 @@ def test_features_in_blocks_keep_their_precision(m, c, n):
     A, y = torch.randn(m, c), torch.randint(0, n, (m,))
     x, z = A.clone().requires_grad_(), A.double().requires_grad_()
     for got, expected in zip(GiniKLLoss().terms(x, y), GiniKLLoss().terms(z, y)):
-        g, e = torch.autograd.grad(got, x, retain_graph=True)[0].double(), torch.autograd.grad(expected, z, retain_graph=True)[0]
+        g, e = (
+            torch.autograd.grad(got, x, retain_graph=True)[0].double(),
+            torch.autograd.grad(expected, z, retain_graph=True)[0],
+        )
         assert abs(got.item() - expected.item()) <= 1e-5 * abs(expected.item()) and (g - e).norm() <= 1e-5 * e.norm()
 
 @pytest.mark.parametrize('rectify', ['abs', 'none'])
@@ -94,20 +116,27 @@ def test_without_the_check_what_is_not_finite_reaches_the_terms(rectify, bad):
 
 # ---- Nearly flat channels ----
 
-FLAT = {'10 + noise, two classes': lambda: (10 + torch.randn(8192, 64), 2), 'a sigmoid that hardly moves': lambda: (torch.sigmoid(.01*torch.randn(512, 64)), 2),
-        'one in a million': lambda: (1 + 1e-6*torch.randn(512, 64), 2)}
+FLAT = {
+    '10 + noise, two classes': lambda: (10 + torch.randn(8192, 64), 2),
+    'a sigmoid that hardly moves': lambda: (torch.sigmoid(0.01 * torch.randn(512, 64)), 2),
+    'one in a million': lambda: (1 + 1e-6 * torch.randn(512, 64), 2),
+}
 
 @pytest.mark.parametrize('name', FLAT)
 @pytest.mark.parametrize('reverse', [False, True])
 def test_features_that_are_nearly_flat(name, reverse):
     "Class means are taken in double precision, so float32 features meet 1e-5 however little a channel prefers a class"
     A, n = FLAT[name](); y = torch.arange(len(A)) % n
-    got, expected = terms_and_gradients(A, y, reverse_kl=reverse), terms_and_gradients(A.double(), y, reverse_kl=reverse)
+    got, expected = (
+        terms_and_gradients(A, y, reverse_kl=reverse),
+        terms_and_gradients(A.double(), y, reverse_kl=reverse),
+    )
     assert [relative(g, e) for g, e in zip(got, expected) if relative(g, e) > 1e-5] == []
 
 @pytest.mark.parametrize('offset, side', [(1, 7), (10, 4), (10, 14), (100, 4)])
 def test_maps_that_are_nearly_flat(offset, side):
-    "The mean over the positions of a map is rounded to float32: the gradient is off by about 5e-9 over the preference of the channels, 1e-5 from .05 % on"
+    """The mean over the positions of a map is rounded to float32: the gradient is off by about 5e-9 over the preference
+    of the channels, 1e-5 from .05 % on"""
     A, y = offset + torch.randn(256, 32, side, side), torch.arange(256) % 2
     P = class_probs(class_means(pool(A.double()), y))
     preference = (2*P - 1).abs().square().mean().sqrt().item()

@@ -1,4 +1,6 @@
-"Class averages over several batches: the definition index by index, its gradient, state, precision, bad input, compilation, and the callback's switch"
+"""Class averages over several batches: the definition index by index, its gradient, state, precision, bad input,
+compilation, and the callback's switch"""
+
 import copy
 import io
 import math
@@ -29,7 +31,11 @@ def oracle(data, k, n, reverse=False):
     P = [[s/sum(row) for s in row] for row in S if sum(row) > 0]
     gini = sum(1 - sum(p*p for p in row) for row in P)/len(P)
     hS, hY = [sum(row[j] for row in P)/len(P) for j in range(n)], [w/sum(weight) for w in weight]
-    kl = sum(b*math.log(b/max(a, 1e-10)) for a, b in zip(hS, hY) if b) if reverse else sum(a*math.log(a/b) for a, b in zip(hS, hY) if a)
+    kl = (
+        sum(b * math.log(b / max(a, 1e-10)) for a, b in zip(hS, hY) if b)
+        if reverse
+        else sum(a * math.log(a / b) for a, b in zip(hS, hY) if a)
+    )
     return gini, kl
 
 @pytest.mark.parametrize('k', [1, 2, 7])
@@ -47,7 +53,13 @@ def test_one_batch_of_memory_is_the_plain_loss():
         A.requires_grad_()
         for got, expected in zip(loss.terms(A, y), plain.terms(A, y)):
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
-            torch.testing.assert_close(torch.autograd.grad(got, A, retain_graph=True)[0], torch.autograd.grad(expected, A, retain_graph=True)[0], rtol=0, atol=1e-14)
+            torch.testing.assert_close(
+                torch.autograd.grad(got, A, retain_graph=True)[0],
+                torch.autograd.grad(expected, A, retain_graph=True)[0],
+                rtol=0,
+                atol=1e-14,
+            )
+
 
 def test_gradient_is_the_partial_derivative_over_the_share_of_the_batch():
     "Finite differences of the value in the latest batch, divided by the share that this batch has in what is averaged"
@@ -63,25 +75,38 @@ def test_gradient_is_the_partial_derivative_over_the_share_of_the_batch():
             assert got[i, j].item()*share == pytest.approx((value(A + d) - value(A - d)).item()/(2*h), abs=1e-7)
 
 def test_expected_gradient_is_that_of_the_large_batch():
-    "Weights at rest: the mean gradient over many batches of a few classes points where the large batch's does, with its length, which the plain loss's does not"
+    """Weights at rest: the mean gradient over many batches of a few classes points where the large batch's does, with
+    its length, which the plain loss's does not"""
     g = torch.Generator().manual_seed(1)
     X, Y = torch.randn(400, 10, generator=g, dtype=torch.float64), torch.arange(400) % 8
     X = X + 1.5*torch.eye(10, dtype=torch.float64)[Y]
     W = torch.randn(10, 12, generator=g, dtype=torch.float64).requires_grad_()
     def gradient(loss, i): return torch.autograd.grad(loss((X[i] @ W).relu(), Y[i]), W)[0].flatten()
     exact = gradient(GiniKLLoss(), torch.arange(400))
-    order = [torch.cat([(Y == c).nonzero()[:, 0][torch.randperm(50, generator=g)[:4]] for c in torch.randperm(8, generator=g)[:2]]) for _ in range(400)]
+    order = [
+        torch.cat(
+            [(Y == c).nonzero()[:, 0][torch.randperm(50, generator=g)[:4]] for c in torch.randperm(8, generator=g)[:2]]
+        )
+        for _ in range(400)
+    ]
     found = {}
     for name, loss in dict(plain=GiniKLLoss(), running=RunningGiniKLLoss(n_classes=8, n_batches=60)).items():
         mean = torch.stack([gradient(loss, i) for i in order][100:]).mean(0)
         found[name] = torch.cosine_similarity(mean, exact, 0).item(), (mean.norm()/exact.norm()).item()
-    assert found['running'][0] > .75 and found['plain'][0] < .55 and abs(found['running'][1] - 1) < .2 < .5 < abs(found['plain'][1] - 1), found
+    assert (
+        found['running'][0] > 0.75
+        and found['plain'][0] < 0.55
+        and abs(found['running'][1] - 1) < 0.2 < 0.5 < abs(found['plain'][1] - 1)
+    ), found
+
 
 def test_absent_classes_and_ignored_images():
     loss = RunningGiniKLLoss(n_classes=1000, n_batches=3)
     a, b = torch.rand(4, 5), torch.rand(3, 5)
     loss.terms(a, torch.tensor([3, 3, -100, 900]))
-    got = loss.terms(b, torch.tensor([-100, -100, -100]))                              # nothing new: what is remembered stays, and there is no gradient
+    got = loss.terms(
+        b, torch.tensor([-100, -100, -100])
+    )  # nothing new: what is remembered stays, and there is no gradient
     same = GiniKLLoss().terms(a[[0, 1, 3]], torch.tensor([3, 3, 900]))
     for g, e in zip(got, same): torch.testing.assert_close(g, e)
     x = b.clone().requires_grad_(); grad, = torch.autograd.grad(loss(x, torch.full((3,), -100)), x)
@@ -97,7 +122,10 @@ def test_precision(dtype, tolerance):
         with torch.autocast('cpu', torch.bfloat16): got = loss.terms(A, y)
         for g, e in zip(got, exact.terms(B, y)):
             assert g.dtype == torch.float32 and abs(g - e) <= 1e-5*e.abs() + 1e-7
-            d, f = torch.autograd.grad(g*2**10, A, retain_graph=True)[0].double()/2**10, torch.autograd.grad(e, B, retain_graph=True)[0]
+            d, f = (
+                torch.autograd.grad(g * 2**10, A, retain_graph=True)[0].double() / 2**10,
+                torch.autograd.grad(e, B, retain_graph=True)[0],
+            )
             assert (d - f).norm() <= tolerance*f.norm()
     assert loss.means.dtype == torch.float32
 
@@ -106,7 +134,9 @@ def test_state_is_saved_moved_and_forgotten():
     for b in data[:4]: loss.terms(*b)
     f = io.BytesIO(); torch.save(loss.state_dict(), f); f.seek(0)
     again = RunningGiniKLLoss(n_classes=3, n_batches=4); again.load_state_dict(torch.load(f, weights_only=True))
-    holder = nn.Sequential(); holder.loss = RunningGiniKLLoss(n_classes=3, n_batches=4); holder.load_state_dict({f'loss.{k}': v for k, v in loss.state_dict().items()})
+    holder = nn.Sequential()
+    holder.loss = RunningGiniKLLoss(n_classes=3, n_batches=4)
+    holder.load_state_dict({f'loss.{k}': v for k, v in loss.state_dict().items()})
     for twin in (again, holder.loss, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         assert twin.means.shape == (4, 3) and torch.equal(twin(*data[4]), copy.deepcopy(loss)(*data[4]))
     assert loss.to('meta').means.device.type == 'meta'
@@ -118,9 +148,15 @@ def test_looking_does_not_remember_and_nothing_holds_the_graph():
     for A, y in data[:2]: loss(A.requires_grad_(), y)
     before = loss.means.clone(), loss.mass.clone()
     loss.eval(); loss(*data[2])
-    assert torch.equal(loss.means, before[0]) and torch.equal(loss.mass, before[1]) and not loss.means.requires_grad and not loss.mass.requires_grad
+    assert (
+        torch.equal(loss.means, before[0])
+        and torch.equal(loss.mass, before[1])
+        and not loss.means.requires_grad
+        and not loss.mass.requires_grad
+    )
     with pytest.raises(ValueError, match="NaN or infinite"): loss.train()(data[0][0]*math.nan, data[0][1])
-    assert torch.equal(loss.means, before[0])                                          # what is broken is not remembered
+    assert torch.equal(loss.means, before[0])  # what is broken is not remembered
+
 
 def test_bad_input():
     A, y = torch.rand(4, 3), torch.tensor([0, 1, 2, 0])
@@ -132,19 +168,25 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"5 channels and 3 classes.* 3 and 3: call reset"): loss(torch.rand(4, 5), y)
 
 def test_compiled():
-    data = batches(dtype=torch.float32); loss, plain = RunningGiniKLLoss(n_classes=3, n_batches=4), RunningGiniKLLoss(n_classes=3, n_batches=4)
+    data = batches(dtype=torch.float32)
+    loss, plain = RunningGiniKLLoss(n_classes=3, n_batches=4), RunningGiniKLLoss(n_classes=3, n_batches=4)
     compiled = torch.compile(loss, backend='aot_eager')
     for A, y in data:
         x, z = A.clone().requires_grad_(), A.clone().requires_grad_()
         got, expected = compiled(x, y), plain(z, y)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(torch.autograd.grad(got, x)[0], torch.autograd.grad(expected, z)[0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            torch.autograd.grad(got, x)[0], torch.autograd.grad(expected, z)[0], rtol=1e-4, atol=1e-6
+        )
     torch.testing.assert_close(loss.means, plain.means)
 
 # ---- A prior, and a mask ----
 
 def test_a_prior_is_restricted_to_the_classes_remembered():
-    prior, data = [.5, .3, .2], [(torch.rand(4, 5, dtype=torch.float64), torch.tensor(y)) for y in ([0, 0, 0, 0], [1, 1, 0, 1], [2, 0, 1, 2])]
+    prior, data = (
+        [0.5, 0.3, 0.2],
+        [(torch.rand(4, 5, dtype=torch.float64), torch.tensor(y)) for y in ([0, 0, 0, 0], [1, 1, 0, 1], [2, 0, 1, 2])],
+    )
     loss = RunningGiniKLLoss(class_prior=prior, n_batches=3)
     for shares, (A, y) in zip(([1, 0, 0], [.625, .375, 0], prior), data):
         kl = loss.terms(A, y)[1]
@@ -159,10 +201,17 @@ class Net(nn.Module):
     def forward(self, x): return self.layer(x)
 
 def averaged_model(net): return torch.optim.swa_utils.AveragedModel(net), lambda ema, net: ema.update_parameters(net)
-def averaged_buffers(net): return torch.optim.swa_utils.AveragedModel(net, use_buffers=True), lambda ema, net: ema.update_parameters(net)
+def averaged_buffers(net):
+    return torch.optim.swa_utils.AveragedModel(net, use_buffers=True), lambda ema, net: ema.update_parameters(net)
+
+
 def timm_ema(net): return pytest.importorskip('timm').utils.ModelEmaV3(net), lambda ema, net: ema.update(net)
 def timm_old_ema(net): return pytest.importorskip('timm').utils.ModelEmaV2(net), lambda ema, net: ema.update(net)
-def ema_pytorch(net): return pytest.importorskip('ema_pytorch').EMA(net, update_after_step=0, update_every=1), lambda ema, net: ema.update()
+def ema_pytorch(net):
+    return pytest.importorskip('ema_pytorch').EMA(
+        net, update_after_step=0, update_every=1
+    ), lambda ema, net: ema.update()
+
 
 @pytest.mark.parametrize('make', [averaged_model, averaged_buffers, timm_ema, timm_old_ema, ema_pytorch])
 def test_averages_of_the_weights_leave_the_state_alone(make):
@@ -175,13 +224,29 @@ def test_averages_of_the_weights_leave_the_state_alone(make):
 
 def test_lightning_averages(tmp_path):
     L = pytest.importorskip('lightning')
-    averaging = getattr(L.pytorch.callbacks, 'WeightAveraging', None) or pytest.skip("this Lightning has no WeightAveraging")
+    averaging = getattr(L.pytorch.callbacks, 'WeightAveraging', None) or pytest.skip(
+        "this Lightning has no WeightAveraging"
+    )
+
     class Module(L.LightningModule):
         def __init__(self): super().__init__(); self.net = Net()
-        def training_step(self, batch, i): x, y = batch; A = self.net(x); return nn.functional.cross_entropy(A, y) + self.net.aux(A, y)
+
+        def training_step(self, batch, i):
+            x, y = batch
+            A = self.net(x)
+            return nn.functional.cross_entropy(A, y) + self.net.aux(A, y)
+
         def configure_optimizers(self): return torch.optim.SGD(self.parameters(), .1)
     module, data = Module(), torch.utils.data.TensorDataset(torch.rand(12, 3), torch.arange(12) % 3)
-    trainer = L.Trainer(max_epochs=2, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-                        default_root_dir=tmp_path, callbacks=[averaging()])
+    trainer = L.Trainer(
+        max_epochs=2,
+        accelerator='cpu',
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        callbacks=[averaging()],
+    )
     trainer.fit(module, torch.utils.data.DataLoader(data, 4))
     assert module.net.aux.means.shape == (6, 3)
