@@ -16,7 +16,9 @@ from urllib.parse import urlsplit
 
 from common import cells, cfg, page, site, text
 
-MAX_BYTES, MAX_CODE_RUN = 1_500_000, 4
+MAX_BYTES, MAX_CODE_RUN, MAX_OUTPUT_LINE, MAX_PLOT_LINES = 1_500_000, 4, 350, 20
+RESULTS = re.compile(r"3[1-6]_")
+ENTRY = re.compile(r"^show_doc\(", re.M)
 MACHINE_PATH = re.compile(r"/(?:work|root|tmp|home|Users|opt)/[\w.~-]+")
 LINK = re.compile(r"(?<!!)\[(?:!\[[^\]]*\]\([^)]*\)|[^\]])*\]\(([^)\s]+)\)")
 IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)\)")
@@ -50,6 +52,7 @@ def anchors(path):
         if c["cell_type"] == "markdown": markdown.append(source)
         elif re.search(r"^#\|\s*exports?\b", source, re.M):
             found |= {name.lower() for name in re.findall(r"^(?:def|class) (\w+)", source, re.M)}
+        elif ENTRY.search(source): markdown += [text(o.get("data", {}).get("text/markdown")) for o in c.get("outputs", [])]
     for source in markdown:
         without_code = re.sub(r"^```.*?^```", "", source, flags=re.M | re.S)
         found |= {heading_id(h) for h in re.findall(r"^#{1,6}\s+(.+)$", without_code, re.M)}
@@ -146,6 +149,29 @@ def check_output(output, source, path, say):
     if {"image/png", "image/svg+xml"} & set(data) and "fig-alt:" not in source: say("a figure without `#| fig-alt:`")
 
 
+def check_shown(cell, source, say):
+    "Outputs that a reader can take in: lines that wrap a few times at most, and plotting code that is folded or short"
+    for output in cell.get("outputs", []):
+        data = output.get("data", {})
+        drawn = {"image/png", "image/svg+xml"} & set(data)
+        rich = drawn | ({"text/html", "text/markdown"} & set(data))
+        printed = text(output.get("text")) or ("" if rich else text(data.get("text/plain")))
+        longest = max(map(len, printed.splitlines()), default=0)
+        if longest > MAX_OUTPUT_LINE: say(f"an output with a line of {longest} characters, more than {MAX_OUTPUT_LINE}")
+        folded = re.search(r"^#\|\s*(?:code-fold|echo: false|exports?\b)", source, re.M)
+        if drawn and not folded and source.count("\n") > MAX_PLOT_LINES:
+            say(f"plotting code of more than {MAX_PLOT_LINES} lines that is not folded: add `#| code-fold: true`")
+
+
+def check_answer(path, all_cells, say):
+    "A page of results opens with its answer in a box"
+    if not RESULTS.match(path.name): return
+    opening = all_cells[:8]
+    said = [text(c["source"]) for c in opening if c["cell_type"] == "markdown"]
+    said += [text(o.get("data", {}).get("text/markdown")) for c in opening for o in c.get("outputs", [])]
+    if not any("{.callout" in s for s in said): say("no answer box among the first cells: gini_loss.paper.answer_box makes one")
+
+
 def reporter(where):
     def say(message): problems.append(f"{where}: {message}")
     return say
@@ -159,6 +185,7 @@ def check(path):
     if any(isinstance(c["source"], str) for c in all_cells):
         say("sources as one string each: save it in Jupyter, which stores lines, so that a diff can be read")
     check_opening(path, all_cells, say)
+    check_answer(path, all_cells, say)
     run = 0
     for i, c in enumerate(all_cells):
         source, say = text(c["source"]), reporter(f"{path}: cell {i}")
@@ -166,7 +193,9 @@ def check(path):
             run = 0
             check_text(source, path, say)
             continue
-        if not re.search(r"^#\|\s*hide\b", source, re.M): run += 1
+        if ENTRY.search(source): run = 0                # an entry of the API is words
+        elif not re.search(r"^#\|\s*hide\b", source, re.M): run += 1
+        if not re.search(r"^#\|\s*hide\b", source, re.M): check_shown(c, source, say)
         if run == MAX_CODE_RUN + 1: say(f"more than {MAX_CODE_RUN} code cells without a word between")
         for output in c.get("outputs", []): check_output(output, source, path, say)
 

@@ -23,6 +23,7 @@ def facts(cell):
         if o.get("name") == "stderr" or "image/png" in data: continue
         found.append(text(o.get("text")) or text(data.get("text/markdown")) or text(data.get("text/plain")))
     plain = re.sub(r"-?\d+\.\d*(?:e[+-]?\d+)?|\b\d+e[+-]?\d+\b", "#", "\n".join(found))
+    plain = re.sub(r"\.py#L\d+", ".py", plain)
     return [" ".join(line.split()) for line in plain.splitlines() if line.strip()]
 
 

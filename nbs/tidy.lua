@@ -1,10 +1,8 @@
 -- What Quarto is told about pages that nbdev has prepared.
 
 -- nbdev makes links of `names` in all that `show_doc` prints, inside its code block too, where a link is only noise.
--- It also leaves exported source open below the entry that has the signature: that is folded.
 function CodeBlock(block)
   block.text = block.text:gsub("%[(`[^`\n]+`)%]%(https?://[^)%s]+%)", "%1")
-  if block.attributes["code-summary"] == "Exported source" then block.attributes["code-fold"] = "true" end
   return block
 end
 

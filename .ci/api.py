@@ -1,0 +1,118 @@
+"""The API's pages, a notebook a module, in step with the package: an entry for each public name, with the examples that
+stand below it in the notebook already. Examples are written in the notebooks; this touches only the entries around them.
+
+`--check` says which pages are out of step; the lines of the source are left out of that.
+"""
+import inspect
+import json
+import re
+import sys
+
+from common import cells, cfg, root, text
+
+from gini_loss.api import Entry, constants, is_described, public_modules
+
+NBS = root / "nbs"
+COLAB = f"https://colab.research.google.com/github/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/nbs"
+INSTALL = '''#| hide
+import importlib.util
+if importlib.util.find_spec("gini_loss") is None: get_ipython().run_line_magic("pip", "install -q gini_loss")'''
+ENTRY = re.compile(r"^show_doc\(\w+\.(\w+)\)", re.M)
+
+
+def lines(source): return source.splitlines(keepends=True)
+
+
+def markdown_cell(source): return {"cell_type": "markdown", "metadata": {}, "source": lines(source)}
+
+
+def code_cell(source, output=None, plain=""):
+    outputs = []
+    if output is not None:
+        data = {"text/markdown": lines(output), "text/plain": [plain]}
+        outputs = [{"data": data, "execution_count": None, "metadata": {}, "output_type": "execute_result"}]
+    return {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": outputs, "source": lines(source)}
+
+
+def examples(path):
+    "The cells below each entry of a page, by the entry's name, and those before the first by None"
+    found, name = {None: []}, None
+    if not path.exists(): return found
+    for cell in cells(path)[4:]:
+        source = text(cell["source"])
+        if entry := ENTRY.search(source): name = entry.group(1)
+        elif source.startswith("## Constants") or "Markdown(constants(" in source: continue
+        else: found.setdefault(name, []).append(cell)
+    return found
+
+
+def told_in(module):
+    "Links to the notebooks that a module is exported from"
+    names = dict.fromkeys(re.findall(r"^# %% \.\./nbs/(\w+)\.ipynb", inspect.getsource(module), re.M))
+    links = [f"[{re.sub(r'^[0-9]+[a-z]?_', '', name).replace('_', ' ')}]({name}.ipynb)" for name in names]
+    return ", ".join(links)
+
+
+def page_cells(module, path):
+    short = module.__name__.split(".")[1]
+    kept = examples(path)
+    doc = (inspect.getdoc(module) or "").strip().split("\n")[0]
+    told = told_in(module)
+    opening = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({COLAB}/{path.name})\n\n"
+    opening += f"One module of [the API](60_api.ipynb){', told in ' + told if told else ''}."
+    needs = f"#| hide\nfrom IPython.display import Markdown\nfrom gini_loss import {short}\nfrom gini_loss.api import constants, show_doc"
+    out = [markdown_cell(f"# gini_loss.{short}\n\n> {doc}"), markdown_cell(opening), code_cell(INSTALL), code_cell(needs)]
+    out += kept.get(None, [])
+    for name in module.__all__:
+        symbol = getattr(module, name)
+        if not is_described(symbol): continue
+        entry = Entry(symbol, name, title_level=2)
+        out.append(code_cell(f"#| echo: false\nshow_doc({short}.{name})", entry._repr_markdown_(), repr(entry)))
+        out += kept.get(name, [])
+    if table := constants(module):
+        out.append(markdown_cell("## Constants"))
+        out.append(code_cell(f"#| echo: false\nMarkdown(constants({short}))", table, "<IPython.core.display.Markdown object>"))
+    for k, cell in enumerate(out): cell["id"] = f"{short[:12]}-{k:03d}"
+    return out
+
+
+def without_lines(all_cells):
+    "What a page says, without the lines of the source"
+    said = [[text(c["source"]), [text(o.get("data", {}).get("text/markdown")) for o in c.get("outputs", [])]] for c in all_cells]
+    return re.sub(r"\.py#L\d+", ".py", json.dumps(said))
+
+
+def sidebar(names):
+    "The lines of the pages in _quarto.yml, below the one of all names"
+    path = root / "_quarto.yml"
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if "href: 60_api_" not in line]
+    at = next(k for k, line in enumerate(kept) if "href: 60_api.ipynb" in line)
+    indent = kept[at][:len(kept[at]) - len(kept[at].lstrip())]
+    kept[at + 1:at + 1] = [f"{indent}- {{text: {name}, href: 60_api_{name}.ipynb}}" for name in names]
+    return path, "\n".join(kept) + "\n"
+
+
+def main():
+    metadata = json.loads((NBS / "60_api.ipynb").read_text(encoding="utf-8"))["metadata"]
+    wanted, stale = {}, []
+    for module in public_modules():
+        path = NBS / f"60_api_{module.__name__.split('.')[1]}.ipynb"
+        wanted[path] = page_cells(module, path)
+    for path, now in wanted.items():
+        if path.exists() and without_lines(cells(path)) == without_lines(now): continue
+        stale.append(path.name)
+        notebook = {"cells": now, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+        if "--check" not in sys.argv: path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for path in sorted(NBS.glob("60_api_*.ipynb")):
+        if path in wanted: continue
+        stale.append(path.name)
+        if "--check" not in sys.argv: path.unlink()
+    path, bar = sidebar([p.stem.removeprefix("60_api_") for p in wanted])
+    if bar != path.read_text(encoding="utf-8"):
+        stale.append(path.name)
+        if "--check" not in sys.argv: path.write_text(bar, encoding="utf-8")
+    if "--check" in sys.argv and stale: sys.exit(f"out of step with the package: {', '.join(stale)}; run `python .ci/api.py`")
+    print("the API's pages:", "in step" if not stale else ", ".join(stale) + " written")
+
+
+if __name__ == "__main__": main()
