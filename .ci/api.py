@@ -10,7 +10,7 @@ import sys
 
 from common import cells, cfg, root, text
 
-from gini_loss.api import Entry, constants, is_described, public_modules
+from gini_loss.api import Entry, constants, is_described, overview, public_modules
 
 NBS = root / "nbs"
 COLAB = f"https://colab.research.google.com/github/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/nbs"
@@ -92,9 +92,19 @@ def sidebar(names):
     return path, "\n".join(kept) + "\n"
 
 
+def first_page():
+    "The page of all names, with the list as it is now"
+    notebook = json.loads((NBS / "60_api.ipynb").read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        if "Markdown(overview())" not in text(cell["source"]): continue
+        cell["outputs"] = code_cell("", overview(), "<IPython.core.display.Markdown object>")["outputs"]
+    return notebook
+
+
 def main():
-    metadata = json.loads((NBS / "60_api.ipynb").read_text(encoding="utf-8"))["metadata"]
-    wanted, stale = {}, []
+    first = first_page()
+    metadata = first["metadata"]
+    wanted, stale = {NBS / "60_api.ipynb": first["cells"]}, []
     for module in public_modules():
         path = NBS / f"60_api_{module.__name__.split('.')[1]}.ipynb"
         wanted[path] = page_cells(module, path)
@@ -107,7 +117,7 @@ def main():
         if path in wanted: continue
         stale.append(path.name)
         if "--check" not in sys.argv: path.unlink()
-    path, bar = sidebar([p.stem.removeprefix("60_api_") for p in wanted])
+    path, bar = sidebar([p.stem.removeprefix("60_api_") for p in wanted if p.stem != "60_api"])
     if bar != path.read_text(encoding="utf-8"):
         stale.append(path.name)
         if "--check" not in sys.argv: path.write_text(bar, encoding="utf-8")

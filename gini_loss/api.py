@@ -24,9 +24,13 @@ def _type_name(annotation):
     name = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     return re.sub(r"\b(?:[A-Za-z_]\w*\.)+(?=\w)", '', name.strip("'"))
 
+def _has_no_call(sym):
+    "Is it a class that nobody makes an object of: an exception, or an `autograd.Function`, which is used by `apply`?"
+    return inspect.isclass(sym) and any(base.__name__ in ('BaseException', 'Function') for base in sym.__mro__)
+
 def _parameters(sym):
     "The parameters that a caller gives"
-    if inspect.isclass(sym) and any(base.__name__ == 'Function' for base in sym.__mro__): return []      # called by `.apply`
+    if _has_no_call(sym): return []
     own_init = inspect.isclass(sym) and '__init__' in vars(sym) and not is_dataclass(sym) and not issubclass(sym, tuple)
     target = sym.__init__ if own_init else sym
     try: found = inspect.signature(target).parameters.values()
@@ -48,8 +52,7 @@ def signature_of(
     "The signature of a function, or of what makes an object of a class"
     name = name or sym.__name__
     head = f"class {name}" if inspect.isclass(sym) else name
-    if inspect.isclass(sym) and issubclass(sym, BaseException): return head
-    if inspect.isclass(sym) and any(base.__name__ == 'Function' for base in sym.__mro__): return head
+    if _has_no_call(sym): return head
     arguments = [_parameter_text(p) for p in _parameters(sym)]
     back = '' if inspect.isclass(sym) else _type_name(getattr(sym, '__annotations__', {}).get('return', inspect.Signature.empty))
     tail = f" -> {back}" if back and back != 'None' else ''
@@ -92,6 +95,7 @@ def _table(headings, rows):
 
 def _methods(sym):
     "What a class adds of its own, with a docstring"
+    if _has_no_call(sym): return []
     found = []
     for name, member in vars(sym).items():
         if name.startswith('_') and name != '__call__': continue
@@ -103,6 +107,14 @@ def _methods(sym):
     return found
 
 # %% ../nbs/60_api.ipynb #api00013
+def _from_package(sym):
+    "What the package has under the name of a symbol that a notebook defines, or the symbol itself"
+    if not getattr(sym, '__module__', '') == '__main__': return sym
+    from gini_loss._modidx import d
+    for module, names in d['syms'].items():
+        if f"{module}.{sym.__qualname__}" in names: return getattr(importlib.import_module(module), sym.__qualname__, sym)
+    return sym
+
 class Entry:
     "One public name as Markdown, for a notebook and for the site"
     def __init__(self,
@@ -115,8 +127,9 @@ class Entry:
 
     def _source(self):
         "Link to the source, or ''"
-        module = getattr(self.sym, '__module__', None) or ''
-        try: line = inspect.getsourcelines(self.sym)[1]
+        sym = _from_package(self.sym)
+        module = getattr(sym, '__module__', None) or ''
+        try: line = inspect.getsourcelines(sym)[1]
         except (OSError, TypeError): return ''
         if not module.startswith('gini_loss.'): return ''
         return f"[source]({SOURCE}/{module.split('.')[1]}.py#L{line})"

@@ -150,3 +150,38 @@ def test_a_figure_enlarges_and_closes_with_the_keyboard(page):
     page.switch_to.active_element.send_keys("\ue00c")
     page.execute_script("document.querySelector('dialog')?.close()")
     assert not page.find_elements("css selector", "dialog[open]")
+
+
+# ---------------------------------------------------------------- the API's pages
+
+def test_every_public_name_has_an_entry_with_its_own_heading():
+    from gini_loss.api import is_described, public_modules
+    for module in public_modules():
+        page = NBS / f"60_api_{module.__name__.split('.')[1]}.ipynb"
+        outputs = [o for c in json.loads(page.read_text(encoding="utf-8"))["cells"] for o in c.get("outputs", [])]
+        headings = [h for o in outputs for h in re.findall(r"^## (\w+)$", "".join(o.get("data", {}).get("text/markdown", "")), re.M)]
+        wanted = [name for name in module.__all__ if is_described(getattr(module, name))]
+        assert headings == wanted, f"{page.name}: run `python .ci/api.py`"
+
+
+def test_signatures_are_real_and_no_column_is_without_a_heading():
+    from gini_loss.api import Entry, is_described, public_modules
+    for module in public_modules():
+        for name in module.__all__:
+            symbol = getattr(module, name)
+            if not is_described(symbol): continue
+            entry = Entry(symbol)._repr_markdown_()
+            assert "__main__" not in entry and "(*args, **kwargs)" not in entry and "torch.nn.modules" not in entry, name
+            for table in re.findall(r"^(\|.*\|)\n\|---", entry, re.M): assert "|  |" not in table and "| |" not in table, name
+
+
+def test_an_entry_links_to_the_line_of_its_source():
+    from gini_loss import losses
+    from gini_loss.api import Entry
+    line = int(re.search(r"/losses\.py#L(\d+)", Entry(losses.GiniKLLoss)._repr_markdown_()).group(1))
+    source = Path(losses.__file__).read_text(encoding="utf-8").splitlines()
+    assert source[line - 1].startswith("class GiniKLLoss")
+
+
+def test_pages_fold_exported_source_by_a_processor_of_their_own():
+    assert "add_fold" in cfg["skip_procs"] and cfg["procs"] == "gini_loss.api:fold_exports" and cfg["renderer"] == "gini_loss.api.Entry"
