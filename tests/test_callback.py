@@ -8,7 +8,7 @@ from torch import nn
 
 pytest.importorskip('fastai', reason="the callback needs fastai")
 from fastai.callback.core import Callback
-from fastai.callback.progress import ProgressCallback # gives Learner.no_bar
+from fastai.callback.progress import ProgressCallback # noqa: F401 gives Learner.no_bar
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner

@@ -176,7 +176,7 @@ def test_the_whole_step_of_the_trainer(hf):
 
 def test_copies_of_data_parallel_are_noticed():
     "DataParallel runs shallow copies of each layer, which share its hooks: the tap must not hand out a part of the batch"
-    model, (x, y) = make_model(), make_batch()
+    model, (x, _) = make_model(), make_batch()
     with FeatureTap(model, '3') as tap:
         replica = copy.copy(model)
         replica._modules = {k: m._replicate_for_data_parallel() for k, m in model._modules.items()}
@@ -195,6 +195,18 @@ def test_a_page_says_in_a_line_how_to_install_what_it_needs(page, library, monke
     with pytest.raises(ModuleNotFoundError, match=f'pip install {library}') as e: exec(first, {})
     assert '\n' not in str(e.value)
 
+def test_the_block_of_plain_pytorch_runs_as_copied(capsys):
+    "In an empty namespace, with its own data, and it learns"
+    pytest.importorskip('sklearn')
+    cells = json.loads((NBS/'14_pytorch.ipynb').read_text(encoding='utf-8'))['cells']
+    at = next(i for i, c in enumerate(cells) if ''.join(c['source']).startswith('## In one block'))
+    torch.manual_seed(0)
+    namespace = {}
+    exec(''.join(cells[at + 1]['source']), namespace)
+    assert 'epoch 4: loss' in capsys.readouterr().out and not namespace['model'][3]._forward_hooks
+    with torch.no_grad(): accuracy = (namespace['model'](namespace['x']).argmax(1) == namespace['y']).float().mean()
+    assert accuracy > .7
+
 # --- transformers: the layer that is tapped when none is named
 
 @pytest.mark.parametrize('make,name,channel_dim', [
@@ -210,3 +222,19 @@ def test_the_last_stage_of_a_model_of_transformers(make, name, channel_dim):
         model(pixel_values=torch.rand(2, 1, 32, 32))
         A = tap.pop()
     assert tap.name == name and A.shape[:2] == (2, 16) and find_channel_dim(model, A) == channel_dim
+
+def test_padding_tokens_do_not_count():
+    "The same texts have the same terms whatever they are padded to, with a mask; without one they have not"
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                                                               intermediate_size=16, num_labels=4)).eval()
+    ids, y, found = torch.randint(5, 60, (4, 6)), torch.tensor([0, 1, 0, 2]), []
+    for pad in (0, 50):
+        real = nn.functional.pad(torch.ones_like(ids), (0, pad))
+        with FeatureTap(model) as tap: model(input_ids=nn.functional.pad(ids, (0, pad)), attention_mask=real); A = tap.pop()
+        aux = GiniKLLoss(channel_dim=find_channel_dim(model, A, tap.module))
+        found.append((torch.stack(aux.terms(A, y, real.bool())), torch.stack(aux.terms(A, y))))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[0][0], found[0][1], rtol=1e-5, atol=1e-7)
+    assert (found[0][1] - found[1][1]).abs().max() > 1e-3
