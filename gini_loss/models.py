@@ -355,7 +355,9 @@ def _build_saved(config, n_classes):
     "One of this module's networks, as a configuration describes it"
     networks = dict(resnet17=resnet17, resnet18=resnet18, resnet50=resnet50, cvt7=cvt7)
     arch = config.get('arch')
-    if arch not in networks: raise ValueError(f"its network {arch!r} is none of {', '.join(networks)}: give a function that builds it, build=...")
+    if arch not in networks:
+        raise ValueError(f"its network {arch!r} is none of {', '.join(networks)}: give a function that builds it,"
+                         " build=...")
     sizes = {k: config[k] for k in ('width', 'in_channels') if config.get(k) is not None}
     return networks[arch](n_classes, **sizes)
 
@@ -373,7 +375,7 @@ def _texts(path):
 
 def load_network(
     path: str | Path, # file of `save_network`
-    build: Callable[[dict, int], nn.Module] | None = None, # builds the network from (config, number of classes); None: `arch` names it
+    build: Callable[[dict, int], nn.Module] | None = None, # takes config and number of classes; None: `arch` names it
 ) -> SavedNetwork:
     "Build the network in a file of `save_network` again; `ValueError` names the file and what is wrong with it"
     from safetensors.torch import load_file
@@ -381,11 +383,12 @@ def load_network(
     try:
         with torch.device('meta'): model = (build or _build_saved)(config, len(classes))
     except (TypeError, ValueError, RuntimeError) as e: raise ValueError(f"{path}: {e}") from e
-    tensors = load_file(str(path))
+    tensors = {k: v.clone() for k, v in load_file(str(path)).items()}    # their own memory, aligned as torch does
     wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     held = {k: tuple(v.shape) for k, v in tensors.items()}
     if wanted != held:
         name = next(k for k in [*wanted, *held] if wanted.get(k) != held.get(k))
-        raise ValueError(f"{path} does not fit the network it describes: {name!r} has shape {held.get(name)}, expected {wanted.get(name)}")
+        shapes = f"{name!r} has shape {held.get(name)}, expected {wanted.get(name)}"
+        raise ValueError(f"{path} does not fit the network it describes: {shapes}")
     model.load_state_dict(tensors, assign=True)
     return SavedNetwork(model.eval(), config, classes)
