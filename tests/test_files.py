@@ -14,7 +14,8 @@ for name in ('fastai', 'pandas'): pytest.importorskip(name, reason="records are 
 warnings.filterwarnings('ignore', category=FutureWarning)
 from gini_loss.records import RecordError, check_record, load_results, read_predictions, read_record
 from gini_loss.study import Study, load_study, study_state
-from gini_loss.train import CheckpointError, Config, _MAGIC, load_checkpoint, read_checkpoint_header, recipe, save_checkpoint, train
+from gini_loss.checkpoint import CHECKPOINT_MAGIC
+from gini_loss.train import CheckpointError, Config, load_checkpoint, read_checkpoint_header, recipe, save_checkpoint, train
 from made_up import made_up_record, put, small, without_digests
 
 FUZZ = int(os.environ.get('GINI_LOSS_FUZZ', 0))
@@ -124,7 +125,7 @@ def test_fuzz_predictions(folder, data):
 CONFIG = recipe('test', epochs=2)
 HEADER = dict(run_id=CONFIG.run_id, config=json.loads(json.dumps(asdict(CONFIG))), epoch=0, seconds=1.5, sessions=1)
 
-def packed(header, payload, magic=_MAGIC):
+def packed(header, payload, magic=CHECKPOINT_MAGIC):
     "A checkpoint with these bytes for its header and state, and a right checksum"
     digest = hashlib.blake2b(header + bytes(1), digest_size=32); digest.update(payload)
     return magic + struct.pack('<Q', len(header)) + header + digest.digest() + payload
@@ -148,7 +149,7 @@ def read_checkpoint(path, data):
 def test_fuzz_checkpoint_bytes(folder, good_checkpoint, data):
     kind = data.draw(st.sampled_from(['mutated', 'any', 'after the magic']))
     raw = data.draw(mutated(good_checkpoint) if kind == 'mutated' else st.binary(max_size=80))
-    read_checkpoint(folder/'checkpoint'/f'{CONFIG.run_id}.pt', _MAGIC + raw if kind == 'after the magic' else raw)
+    read_checkpoint(folder/'checkpoint'/f'{CONFIG.run_id}.pt', CHECKPOINT_MAGIC + raw if kind == 'after the magic' else raw)
 
 @given(header=json_values | changes.map(lambda c: with_changes(HEADER, [(p[-1:], h, v) for p, h, v in c])) | st.fixed_dictionaries(
            {}, optional=dict(epoch=json_values, seconds=json_values, config=json_values, sessions=json_values)), payload=st.binary(max_size=40), whole=st.booleans())
@@ -170,7 +171,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     with pytest.raises(CheckpointError, match='c.pt'): load_checkpoint(tmp_path/'c.pt')
     assert not (tmp_path/'pwned').exists()
 
-@pytest.mark.parametrize('data', [b'', b'x', _MAGIC, _MAGIC + b'\xff'*8, packed(b'[]', b''), packed(json.dumps(HEADER).encode(), b'junk')], ids=['empty', 'x', 'magic', 'length', 'list', 'junk'])
+@pytest.mark.parametrize('data', [b'', b'x', CHECKPOINT_MAGIC, CHECKPOINT_MAGIC + b'\xff'*8, packed(b'[]', b''), packed(json.dumps(HEADER).encode(), b'junk')], ids=['empty', 'x', 'magic', 'length', 'list', 'junk'])
 def test_training_does_not_overwrite_a_checkpoint_that_it_cannot_read(tmp_path, data):
     path = tmp_path/'checkpoints'/f'{CONFIG.run_id}.pt'; path.parent.mkdir(); path.write_bytes(data)
     with pytest.raises(CheckpointError, match=path.name): train(CONFIG, tmp_path/'results', tmp_path/'checkpoints', verbose=False, device='cpu')

@@ -1,11 +1,12 @@
 "Studies: files, order, budget, workers, what is done and what is left. Synthetic images, one thread."
 import json, os, signal, subprocess, sys, time, warnings
+from pathlib import Path
 import pytest
 import torch
 warnings.filterwarnings('ignore', category=FutureWarning)
 from gini_loss import study as module
 from gini_loss.study import Study, list_studies, load_study, main, run_study, study_state
-from gini_loss.train import CheckpointError, RunLock, recipe
+from gini_loss.train import RunLock, recipe
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -48,7 +49,7 @@ def test_nothing_twice_in_any_folder(tmp_path, monkeypatch):
     assert run_study(study, **folders(tmp_path), verbose=False)['done'] == 2
     assert len(list((tmp_path/'results'/'tiny').glob('*.json'))) == 2
     (tmp_path/'results'/'tiny').rename(tmp_path/'results'/'elsewhere')
-    monkeypatch.setattr('gini_loss.train._train', lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr('gini_loss.train.build_dls', lambda *a: pytest.fail("trained again"))
     assert run_study(study, **folders(tmp_path), verbose=False) == dict(done=2, failed=0, locked=0, no_time=0)
 
 def test_locked_and_failing_runs_do_not_stop_the_others(tmp_path, capsys):
@@ -76,7 +77,7 @@ def test_budget_stops_at_a_checkpoint(tmp_path):
 
 def test_absent_data_is_an_error(tmp_path, capsys):
     assert main(['laptop', '--data-root', str(tmp_path/'no'), '--results', str(tmp_path/'r'), '--checkpoints', str(tmp_path/'c')]) == 1
-    assert 'No folder' in capsys.readouterr().err
+    assert 'no folder' in capsys.readouterr().err
 
 def test_command(tmp_path, capsys):
     assert main([]) == 0 and 'table1' in capsys.readouterr().out
@@ -170,6 +171,35 @@ def test_workers_stop_in_time(tmp_path):
     records = [json.loads(o.read_text()) for o in (tmp_path/'r'/'small').glob('*.json')]
     assert {o['hardware']['workers'] for o in records} <= {2} and all(o.state in ('stopped', 'missing') for o in states if o.config.epochs > 2)
     if not records and not list((tmp_path/'c').glob('*.pt')): pytest.skip("this machine was too busy to train an epoch in 40 seconds")
+
+def test_workers_run_no_code_of_the_current_folder(tmp_path):
+    "And they run the package of the command that started them, whatever else is called gini_loss there"
+    here = tmp_path/'here'
+    (here/'gini_loss').mkdir(parents=True)
+    for name in ('statistics', 'filelock', 'gini_loss/__init__', 'gini_loss/study'): (here/f'{name}.py').write_text(f"open({str(tmp_path/'run')!r}, 'w')\nraise SystemExit(9)\n")
+    (tmp_path/'small.ini').write_text('[runs]\npreset = test\nloss = ce both\nepochs = 1\nstart_epoch = 0\ntrain_per_class = 4\n')
+    args = [str(tmp_path/'small.ini'), '--workers', '2', '--results', str(tmp_path/'r'), '--checkpoints', str(tmp_path/'c'), '--device', 'cpu']
+    package = str(Path(module.__file__).parents[1])
+    code = f"import sys; sys.path[0] = {package!r}; from gini_loss.study import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, '-c', code, *args], env={**os.environ, 'OMP_NUM_THREADS': '1'}, cwd=here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path/'run').exists() and len(list((tmp_path/'r'/'small').glob('*.json'))) == 2
+
+def test_a_record_that_cannot_be_read_is_named_and_not_done(tmp_path, capsys):
+    study = tiny()
+    run_study(study, **folders(tmp_path), verbose=False)
+    file = tmp_path/'results'/'tiny'/f'{study.configs[0].run_id}.json'
+    file.write_bytes(b'')
+    assert run_study(study, **folders(tmp_path), verbose=False) == dict(done=1, failed=1, locked=0, no_time=0)
+    assert file.name in capsys.readouterr().err
+    assert [s.state for s in study_state(study, **folders(tmp_path))] == ['damaged', 'done']
+
+def test_a_study_keeps_networks_only_if_asked(tmp_path):
+    (tmp_path/'small.ini').write_text('[runs]\npreset = test\nloss = ce\nepochs = 1\nstart_epoch = 0\ntrain_per_class = 4\n')
+    args = [str(tmp_path/'small.ini'), '--results', str(tmp_path/'r'), '--checkpoints', str(tmp_path/'c'), '--device', 'cpu']
+    assert main(args) == 0 and not list(tmp_path.rglob('*.safetensors'))
+    assert main([*args, '--set', 'seed=1', '--weights', str(tmp_path/'w')]) == 0
+    assert len(list((tmp_path/'w').glob('*.safetensors'))) == 1
 
 def test_stopped_from_the_keyboard(tmp_path, monkeypatch, capsys):
     def stopped(*args, **options): raise KeyboardInterrupt

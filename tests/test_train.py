@@ -1,5 +1,5 @@
 "The training engine: same seed same run, interruptions, damaged files, several processes, switches. Synthetic images, one thread."
-import json, os, signal, subprocess, sys, time, warnings
+import json, os, signal, subprocess, sys, threading, time, types, warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 warnings.filterwarnings('ignore', category=FutureWarning)
-from gini_loss import records, train as engine
+from gini_loss import checkpoint as checkpoints, records, train as engine
 from gini_loss.train import (CheckpointError, Config, RECIPES, RunLock, RunLocked, build_dls, build_learner, is_locked, load_checkpoint, main,
                              read_checkpoint_header, recipe, save_checkpoint, train)
 
@@ -58,7 +58,7 @@ def test_commit_of_sources_without_git(tmp_path, monkeypatch):
     assert commit() == dict(commit='ab'*20, modified=None)
     monkeypatch.setenv('GINI_LOSS_COMMIT', 'main')
     with pytest.raises(ValueError, match="GINI_LOSS_COMMIT is 'main'.*40 hexadecimal"): commit()
-    monkeypatch.setattr(engine.gini_loss, '__file__', str(tmp_path/'elsewhere'/'gini_loss'/'__init__.py'))
+    monkeypatch.setattr(records.gini_loss, '__file__', str(tmp_path/'elsewhere'/'gini_loss'/'__init__.py'))
     monkeypatch.delenv('GINI_LOSS_COMMIT')
     assert commit() is None     # pip's note is of another copy
 
@@ -88,11 +88,12 @@ def test_each_field_counts():
     other = dict(arch='resnet18', loss='gini', seed=1, epochs=2, bs=3, optimizer='sgd', lr=.5, momentum=.5, weight_decay=.5, schedule='none', factor=.1, patience=1, threshold=.5,
                  monitor='epoch', milestones=(1,), lambda_gini=.1, lambda_kl=.1, start_epoch=0, reverse_kl=True, rectify='relu', layer='layer3', width=3, dropout=.4,
                  data='synthetic', train_per_class=3, valid_per_class=3, split_seed=3, normalize=True, padding=0, flip=0., rotation=9., precision='bfloat16',
-                 channels_last=True, compile=True, final_relu=False)
+                 channels_last=True, compile=True, final_relu=False, classes='caltech12', class_prior='train', objective='center', objective_weight=.5)
     assert set(other) == set(asdict(base))
     for k, v in other.items():
         start = replace(base, arch='resnet17') if k == 'final_relu' else base
-        changed = replace(start, **{k: v})
+        if k == 'objective_weight': start = replace(base, objective='center', objective_weight=.1)
+        changed = replace(start, **{k: v}, **(dict(objective_weight=.1) if k == 'objective' else {}))
         assert changed.run_hash != start.run_hash, k
         assert (changed.config_hash == start.config_hash) == (k == 'seed'), k
 
@@ -125,7 +126,6 @@ def test_seed_fixes_weights_and_order_for_every_loss():
 
 def test_ce_is_plain_training():
     "The callback that only measures leaves the training as it is, to the bit"
-    from gini_loss.callback import GiniLossCallback
     c = small(loss='ce')
     learn = build_learner(c, build_dls(c, device='cpu'))
     learn.fit(2)
@@ -165,7 +165,7 @@ def test_stopped_after_each_epoch(tmp_path, monkeypatch, changes):
     run(c, tmp_path/'whole')
     class Stop(engine.Deadline):
         def before_epoch(self):
-            if self.learn.epoch > self.learn.first_epoch: self._stop()
+            if self.learn.epoch > self.learn.first_epoch: self.stop()
             super().before_epoch()
     monkeypatch.setattr(engine, 'Deadline', Stop)
     for _ in range(c.epochs - 1): assert run(c, tmp_path/'parts') is None
@@ -179,7 +179,7 @@ def test_stopped_within_an_epoch(tmp_path, monkeypatch):
     run(c, tmp_path/'whole')
     class Stop(engine.Deadline):
         def after_batch(self):
-            if self.learn.epoch == 1 and self.learn.iter == 2: self._stop()
+            if self.learn.epoch == 1 and self.learn.iter == 2: self.stop()
     with monkeypatch.context() as m:
         m.setattr(engine, 'Deadline', Stop)
         assert run(c, tmp_path/'parts') is None
@@ -223,12 +223,12 @@ def test_deadline_saves_before_it_stops(tmp_path, monkeypatch):
     assert read_checkpoint_header(tmp_path/'checkpoints'/f'{c.run_id}.pt')['epoch'] > first
 
 def test_saving_takes_a_twentieth_of_the_time(tmp_path, monkeypatch):
-    saved, save = [], engine.save_checkpoint
+    saved, save = [], checkpoints.save_checkpoint
     def slow(path, header, state):
         saved.append(header['epoch'])
         time.sleep(.5)
         save(path, header, state)
-    monkeypatch.setattr(engine, 'save_checkpoint', slow)
+    monkeypatch.setattr(checkpoints, 'save_checkpoint', slow)
     c = small(epochs=12, train_per_class=4)
     run(c, tmp_path, checkpoint_every=None)
     assert saved[0] == 0 and saved[-1] == 11 and len(saved) < 6, saved
@@ -252,7 +252,7 @@ def test_resumed_on_a_gpu(tmp_path, monkeypatch):
     c = small()
     class Stop(engine.Deadline):
         def before_epoch(self):
-            if self.learn.epoch == 1 and self.learn.first_epoch == 0: self._stop()
+            if self.learn.epoch == 1 and self.learn.first_epoch == 0: self.stop()
             super().before_epoch()
     with monkeypatch.context() as m:
         m.setattr(engine, 'Deadline', Stop)
@@ -269,14 +269,14 @@ def test_resumed_on_a_gpu(tmp_path, monkeypatch):
 def test_finished_in_between(tmp_path, monkeypatch):
     "Another process wrote the record after this one looked for it and before it had the lock: not trained again, and its leftovers go"
     c = small(epochs=1, start_epoch=0)
-    done, lock, calls = run(c, tmp_path/'other'), engine.RunLock.__enter__, []
+    done, lock = run(c, tmp_path/'other'), engine.RunLock.__enter__
     (tmp_path/'checkpoints').mkdir()
     for name in (f'{c.run_id}.pt', f'{c.run_id}.pt.4711.tmp'): (tmp_path/'checkpoints'/name).write_bytes(b'of a killed process')
     def enter(self):
         (tmp_path/'other'/'results').rename(tmp_path/'results'/'theirs')
         return lock(self)
     monkeypatch.setattr(engine.RunLock, '__enter__', enter)
-    monkeypatch.setattr(engine, '_train', lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(engine, 'build_dls', lambda *args: pytest.fail("trained again"))
     (tmp_path/'results').mkdir()
     assert run(c, tmp_path) == done
     assert not list((tmp_path/'checkpoints').iterdir())
@@ -317,7 +317,7 @@ def stopped(tmp_path, monkeypatch):
     "A run with a checkpoint after its first epoch"
     class Stop(engine.Deadline):
         def before_epoch(self):
-            if self.learn.epoch == 1: self._stop()
+            if self.learn.epoch == 1: self.stop()
             super().before_epoch()
     c = small()
     with monkeypatch.context() as m:
@@ -351,31 +351,105 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     path = tmp_path/'run.pt'
     save_checkpoint(path, dict(epoch=0), dict(a=torch.arange(3)))
     def full(fd): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(engine.os, 'fsync', full)
+    monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(OSError, match='No space'): save_checkpoint(path, dict(epoch=1), dict(a=torch.arange(4)))
     assert read_checkpoint_header(path) == dict(epoch=0) and len(load_checkpoint(path)[1]['a']) == 3
     assert [o.name for o in tmp_path.iterdir()] == ['run.pt']
 
 def test_full_disk_does_not_end_the_run(tmp_path, monkeypatch):
-    c, save = small(), engine.save_checkpoint
+    c, save = small(), checkpoints.save_checkpoint
     run(c, tmp_path/'whole')
     def full(path, header, state):
         if header['epoch'] == 1: raise OSError(28, 'No space left on device')
         save(path, header, state)
-    monkeypatch.setattr(engine, 'save_checkpoint', full)
+    monkeypatch.setattr(checkpoints, 'save_checkpoint', full)
     with pytest.warns(UserWarning, match='epoch 1 was not saved'): run(c, tmp_path/'full')
     assert_same(c, tmp_path/'whole', tmp_path/'full')
 
+def full_for(*folders):
+    "A `write_record` for which these folders are on a full disk"
+    def write(folder, *args):
+        if not folders or Path(folder) in map(Path, folders): raise OSError(28, 'No space left on device', str(folder))
+        return records.write_record(folder, *args)
+    return write
+
 def test_full_disk_at_the_record_keeps_the_checkpoint(tmp_path, monkeypatch):
+    "No folder takes the record: the error names the checkpoint, which was looked at, and the run can be finished from it"
     c = small(epochs=2)
-    def full(*args): raise OSError(28, 'No space left on device')
     with monkeypatch.context() as m:
-        m.setattr(engine, 'write_record', full)
-        with pytest.raises(OSError, match=r'the record could not be written .*No space left on device.*Nothing is lost'): run(c, tmp_path)
-    assert (tmp_path/'checkpoints'/f'{c.run_id}.pt').exists()
+        m.setattr(engine, 'write_record', full_for())
+        with pytest.raises(OSError, match=r'the record could not be written .*No space left on device.*trained network is in .*read just now') as e: run(c, tmp_path)
+    path = tmp_path/'checkpoints'/f'{c.run_id}.pt'
+    assert str(path) in str(e.value) and read_checkpoint_header(path)['epoch'] == 1
     run(c, tmp_path)
     run(c, tmp_path/'whole')
     assert_same(c, tmp_path/'whole', tmp_path)
+
+def test_a_record_without_room_goes_beside_the_checkpoint_and_comes_home(tmp_path, monkeypatch):
+    c, results, checkpoint_folder = small(epochs=2), tmp_path/'results', tmp_path/'checkpoints'
+    with monkeypatch.context() as m:
+        m.setattr(engine, 'write_record', full_for(results))
+        with pytest.raises(OSError, match='could not be written .* It is in .*start the same run again') as e: run(c, tmp_path)
+    left = checkpoint_folder/f'{c.run_id}.json'
+    assert repr(str(left)) in str(e.value) and records.read_record(str(left))['run_id'] == c.run_id and not list(results.iterdir())
+    monkeypatch.setattr(engine, 'build_dls', lambda *args: pytest.fail("trained again"))
+    run(c, tmp_path)
+    assert not list(checkpoint_folder.iterdir()) and len(list(results.iterdir())) == 2
+
+def test_a_record_without_room_goes_to_the_temporary_folder(tmp_path, monkeypatch):
+    "Also where no checkpoint could be saved: nothing is promised that is not there"
+    c = small(epochs=2)
+    def full(*args): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(checkpoints, 'save_checkpoint', full)
+    monkeypatch.setattr(engine, 'write_record', full_for(tmp_path/'results', tmp_path/'checkpoints'))
+    monkeypatch.setattr(engine.tempfile, 'tempdir', str(tmp_path))
+    with pytest.warns(UserWarning, match='epoch 0 was not saved .*there is no good checkpoint, training goes on'):
+        with pytest.raises(OSError, match='It is in .*move both files to') as e: run(c, tmp_path)
+    left, = tmp_path.glob('gini_loss-*/*.json')
+    assert repr(str(left)) in str(e.value) and records.read_record(str(left))['run_id'] == c.run_id
+    assert not list((tmp_path/'checkpoints').iterdir())
+
+def test_without_any_room_the_process_waits_with_what_it_has(tmp_path, monkeypatch, capsys):
+    c, waited, room = small(epochs=2), [], [full_for()]
+    def full(*args): raise OSError(28, 'No space left on device')
+    def wait(seconds):
+        waited.append(seconds)
+        room[0] = records.write_record                                  # somebody freed a folder
+    monkeypatch.setattr(checkpoints, 'save_checkpoint', full)
+    monkeypatch.setattr(engine, 'write_record', lambda *args: room[0](*args))
+    monkeypatch.setattr(engine.time, 'sleep', wait)
+    with pytest.warns(UserWarning), pytest.raises(OSError, match='It is in'): run(c, tmp_path)
+    assert waited == [60] and 'tried again in a minute' in capsys.readouterr().err
+    assert (tmp_path/'checkpoints'/f'{c.run_id}.json').exists()
+
+SMALL_DISK = '''
+mount -t tmpfs -o size=3m none {disk} || exit 77
+mkdir {disk}/r {disk}/c
+head -c {fill} /dev/zero > {disk}/fill
+{command}
+echo "status $?"
+ls {disk}/c {disk}/r
+'''
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason="mounts a tmpfs")
+@pytest.mark.parametrize('left', [196_608, 4096], ids=['no room for a checkpoint', 'no room for the record'])
+def test_results_and_checkpoints_on_a_small_tmpfs(tmp_path, left):
+    "No checkpoint fits: the record is in the folder of the results, or where the error says"
+    c, disk, spare = small(epochs=2, width=32), tmp_path/'disk', tmp_path/'spare'
+    disk.mkdir(); spare.mkdir()
+    args = ['-m', 'gini_loss.train', '--preset', 'test', '--width', '32', '--epochs', '2', '--train-per-class', '10', '--device', 'cpu', '--no-weights',
+            '--results', str(disk/'r'), '--checkpoints', str(disk/'c'), '--checkpoint-every', '1']
+    script = SMALL_DISK.format(disk=disk, fill=3*2**20 - left, command=' '.join([sys.executable, *args]))
+    try: done = subprocess.run(['unshare', '-Urm', 'sh', '-c', script], env={**ENV, 'TMPDIR': str(spare)}, capture_output=True, text=True)
+    except OSError: pytest.skip("there is no unshare here")
+    if done.returncode == 77 or 'unshare' in done.stderr: pytest.skip("mounting is not allowed here")
+    assert 'epoch 1 was not saved' in done.stderr and 'there is no good checkpoint' in done.stderr, done.stderr
+    name = f'{c.run_id}.json'
+    if left > 100_000:
+        assert 'status 0' in done.stdout and name in done.stdout
+        return
+    file, = spare.glob('gini_loss-*/*.json')
+    assert 'status 1' in done.stdout and f'It is in {str(file)!r}' in done.stderr and file.name == name
+    assert records.read_record(str(file))['run_id'] == c.run_id and name not in done.stdout
 
 def test_lock(tmp_path):
     c = small(epochs=1, start_epoch=0)
@@ -390,7 +464,7 @@ def test_lock(tmp_path):
 def test_record_is_not_trained_twice(tmp_path, monkeypatch):
     c = small(epochs=1, start_epoch=0)
     first = run(c, tmp_path, folder='some/where')
-    monkeypatch.setattr(engine, '_train', lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(engine, 'build_dls', lambda *args: pytest.fail("trained again"))
     assert run(c, tmp_path) == first
 
 def test_nan_is_an_error(tmp_path):
@@ -414,7 +488,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(tmp_path, monk
     (tmp_path/'afile').write_text('')
     folder = {'a file': tmp_path/'afile', 'below a file': tmp_path/'afile'/'deeper', 'of the system': Path('/proc/nope')}[kind]
     if kind == 'of the system' and not Path('/proc/self').exists(): pytest.skip("no /proc here")
-    monkeypatch.setattr(engine, '_train', lambda *args: pytest.fail("trained first"))
+    monkeypatch.setattr(engine, 'build_dls', lambda *args: pytest.fail("trained first"))
     other = '--checkpoints' if option == '--results' else '--results'
     assert main(['--preset', 'test', option, str(folder), other, str(tmp_path/'fine')]) == 1
     err = capsys.readouterr().err
@@ -465,7 +539,8 @@ def test_compiled_and_eager_agree(tmp_path):
 SCRIPT = '''
 import os, sys, torch
 torch.set_num_threads(1)
-from gini_loss.train import _distributed, _rank, build_dls, build_learner, recipe
+from gini_loss.ranks import rank
+from gini_loss.train import build_dls, build_learner, join_processes, recipe
 def run(path, arch, precision, lr, turned):
     c = recipe('test', loss='both', start_epoch=0, optimizer='sgd', lr=float(lr), momentum=0.9, train_per_class=20, bs=20, epochs=1, arch=arch, precision=precision)
     dls = build_dls(c, device='cpu')
@@ -474,8 +549,8 @@ def run(path, arch, precision, lr, turned):
         dls.loaders[0] = dls.train.new(get_idxs=order.tolist)
     learn = build_learner(c, dls)
     learn.fit(1)
-    if _rank() == 0: torch.save((learn.plain_model.state_dict(), learn.epoch_log.columns), path)
-with _distributed('cpu'): run(*sys.argv[1:])
+    if rank() == 0: torch.save((learn.plain_model.state_dict(), learn.epoch_log.columns), path)
+with join_processes('cpu'): run(*sys.argv[1:])
 sys.stdout.flush(); sys.stderr.flush(); os._exit(0)                      # threads of the process group can abort the end of an interpreter
 '''
 
@@ -523,8 +598,214 @@ def test_help_tells_every_field(capsys):
     said = ' '.join(said.split())
     for text in ('images in a batch, over all processes', 'dotted name of the tapped layer', 'learning rate at the start', 'first epoch with the terms, counted from 0'): assert text in said
 
-def test_stopped_from_the_keyboard(tmp_path, monkeypatch, capsys):
-    def stopped(*args, **options): raise KeyboardInterrupt
-    monkeypatch.setattr(engine, 'train', stopped)
-    assert main(['--preset', 'test', '--results', str(tmp_path/'r'), '--checkpoints', str(tmp_path/'c')]) == 130
-    assert 'The same command goes on' in capsys.readouterr().err
+def test_stopped_from_the_keyboard(tmp_path, monkeypatch, capsys, stopped):
+    "What is said about a checkpoint is what a look at it finds"
+    c, folder, path = stopped
+    def interrupted(*args, **options): raise KeyboardInterrupt
+    monkeypatch.setattr(engine, 'train', interrupted)
+    args = ['--preset', 'test', '--epochs', '3', '--train-per-class', '10', '--results', str(tmp_path/'r'), '--checkpoints']
+    assert main([*args, str(folder/'checkpoints')]) == 130
+    assert 'the checkpoint of epoch 0 is there. The same command goes on from there' in capsys.readouterr().err
+    assert main([*args, str(tmp_path/'none')]) == 130
+    assert 'there is no good checkpoint. The same command begins anew' in capsys.readouterr().err
+
+# --- a lock
+
+def test_a_look_at_a_lock_refuses_nobody(tmp_path):
+    "A look takes a shared lock for a moment; who wants the run waits for it, and two looks do not see each other"
+    fcntl = pytest.importorskip('fcntl')
+    path = tmp_path/'a.lock'
+    path.write_text('')
+    looks = open(path, 'rb')
+    fcntl.flock(looks, fcntl.LOCK_SH)
+    assert not is_locked(path)
+    threading.Timer(.15, looks.close).start()
+    with RunLock(path): assert is_locked(path)
+    assert not path.exists()
+
+def test_looking_does_not_change_the_lock(tmp_path):
+    with RunLock(tmp_path/'a.lock'):
+        before = (tmp_path/'a.lock').read_bytes()
+        assert is_locked(tmp_path/'a.lock') and (tmp_path/'a.lock').read_bytes() == before == f'process {os.getpid()}'.encode()
+    assert not is_locked(tmp_path/'none.lock') and not list(tmp_path.iterdir())
+
+def test_a_link_is_no_lock(tmp_path):
+    "Its target is somebody's file"
+    (tmp_path/'precious').write_text('of somebody')
+    (tmp_path/'a.lock').symlink_to(tmp_path/'precious')
+    with pytest.raises(OSError, match='a.lock.* is a link, expected a plain file'):
+        with RunLock(tmp_path/'a.lock'): pass
+    assert (tmp_path/'precious').read_text() == 'of somebody'
+
+def test_many_processes_want_one_lock(tmp_path):
+    "Each has it once, never two at a time"
+    script = '''
+import sys, time
+from gini_loss.checkpoint import RunLock, RunLocked
+for i in range(8):
+    try:
+        with RunLock(sys.argv[1]):
+            with open(sys.argv[2], 'x'): time.sleep(.01)
+            import os; os.remove(sys.argv[2])
+    except RunLocked: time.sleep(.01)
+'''
+    command = [sys.executable, '-c', script, str(tmp_path/'a.lock'), str(tmp_path/'held')]
+    processes = [subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for p in processes: assert p.wait() == 0, p.stderr.read()
+    assert not (tmp_path/'a.lock').exists()
+
+# --- checkpoints that cannot be of this run
+
+@pytest.mark.parametrize('change,message', [
+    (lambda h, s: h.update(epoch=7), 'claims epoch 7, but the epochs of this run are 0 to 2'),
+    (lambda h, s: h.update(epoch=1), 'does not have the 2 epochs that it claims'),
+    (lambda h, s: s['best'].update(epoch=2), 'best epoch is none of those'),
+    (lambda h, s: s['columns'].update(train_loss=1.), 'does not have the 1 epochs'),
+    (lambda h, s: s.pop('optimizer'), 'does not hold a whole run'),
+    (lambda h, s: s.update(model={}), 'does not fit this run'),
+    (lambda h, s: s['loader'].update(bs=7), 'does not fit this run'),
+    (lambda h, s: h.pop('sessions'), 'does not say sessions')])
+def test_implausible_checkpoints_are_refused_before_training(stopped, monkeypatch, change, message):
+    c, folder, path = stopped
+    header, state = load_checkpoint(path)
+    change(header, state)
+    save_checkpoint(path, header, state)
+    before = path.read_bytes()
+    monkeypatch.setattr(engine.EpochLog, 'before_epoch', lambda self: pytest.fail("trained first"))
+    with pytest.raises(CheckpointError, match=message): run(c, folder)
+    assert path.read_bytes() == before and not list((folder/'results').rglob('*.json'))
+
+def test_a_compressed_state_is_not_unpacked(tmp_path):
+    "A few kilobytes can claim gigabytes"
+    import io, struct, zipfile
+    save_checkpoint(tmp_path/'a.pt', {}, dict(a=torch.ones(2)))
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, 'w', zipfile.ZIP_DEFLATED) as z: z.writestr('archive/data.pkl', bytes(10_000_000))
+    head, payload = b'{}', packed.getvalue()
+    digest = checkpoints.hashlib.blake2b(head + bytes(1) + payload, digest_size=32).digest()
+    (tmp_path/'b.pt').write_bytes(checkpoints.CHECKPOINT_MAGIC + struct.pack('<Q', len(head)) + head + digest + payload)
+    assert (tmp_path/'b.pt').stat().st_size < 20_000
+    monkey = torch.load
+    try:
+        torch.load = lambda *args, **options: pytest.fail("unpacked")
+        with pytest.raises(CheckpointError, match='b.pt'): load_checkpoint(tmp_path/'b.pt')
+    finally: torch.load = monkey
+
+def test_durations_are_never_negative(tmp_path, monkeypatch):
+    "A clock that jumps back a day"
+    clock, now = [0.], time.perf_counter
+    monkeypatch.setattr(time, 'perf_counter', lambda: now() - clock[0])
+    class Jump(engine.Deadline):
+        def after_batch(self):
+            clock[0] += 86_400.
+            super().after_batch()
+    monkeypatch.setattr(engine, 'Deadline', Jump)
+    record = run(small(epochs=2), tmp_path)
+    assert min([*record['seconds'].values(), *record['epochs']['seconds']]) >= 0
+
+# --- records that are there and no good
+
+@pytest.mark.parametrize('damage', ['empty', 'cut', 'foreign', 'no npz'])
+def test_a_record_that_cannot_be_read_is_not_done(tmp_path, capsys, damage):
+    c = small(epochs=1, start_epoch=0)
+    run(c, tmp_path)
+    file = tmp_path/'results'/f'{c.run_id}.json'
+    if damage == 'empty': file.write_bytes(b'')
+    elif damage == 'cut': file.write_bytes(file.read_bytes()[:300])
+    elif damage == 'foreign': file.write_text('{"format": 1}')
+    else: file.with_suffix('.npz').unlink()
+    args = ['--preset', 'test', '--epochs', '1', '--start-epoch', '0', '--train-per-class', '10', '--results', str(tmp_path/'results'), '--checkpoints', str(tmp_path/'c')]
+    assert main(args) == 1
+    err = capsys.readouterr().err
+    assert file.name in err and err.count('\n') == 1
+
+# --- options
+
+@pytest.mark.parametrize('options,status,message', [
+    (['--device', 'meta'], 1, "the device 'meta' cannot be used here"), (['--seed', str(2**64)], 1, 'seed must be at most'),
+    (['--budget', 'nan'], 2, "expected a number of seconds from 0, got 'nan'"), (['--budget', '-1'], 2, "expected a number of seconds"),
+    (['--log', 'wandb'], 1, 'wandb is not installed, and --log wandb needs it: pip install wandb'), (['--log', 'paper'], 2, 'tensorboard')])
+def test_what_the_command_refuses_in_one_line(tmp_path, monkeypatch, capsys, options, status, message):
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    monkeypatch.setattr(engine, 'build_dls', lambda *args: pytest.fail("trained first"))
+    try: got = main(['--preset', 'test', '--results', str(tmp_path/'r'), '--checkpoints', str(tmp_path/'c'), *options])
+    except SystemExit as e: got = e.code
+    err = capsys.readouterr().err
+    assert got == status and message in err and 'Traceback' not in err
+
+@pytest.mark.parametrize('name', ['mps', 'xpu'])
+def test_a_device_of_another_machine(name):
+    try: torch.ones(1, device=name).item()
+    except Exception: pass
+    else: pytest.skip(f"there is a device {name} here")
+    with pytest.raises(ValueError, match=f"the device '{name}' cannot be used here"): engine.find_device(name)
+
+def test_a_device_without_double_precision(tmp_path, monkeypatch):
+    "Sums are kept in single precision there; a run in double precision is refused before training"
+    monkeypatch.setattr(engine, 'widest_float', lambda device: torch.float32)
+    record = run(small(epochs=1, start_epoch=0), tmp_path)
+    assert 0 < record['epochs']['train_loss'][0] < 10
+    with pytest.raises(ValueError, match="no double precision"): run(small(precision='float64'), tmp_path)
+
+# --- the network is kept
+
+def test_the_command_keeps_the_network(tmp_path):
+    args = ['--preset', 'test', '--epochs', '1', '--start-epoch', '0', '--train-per-class', '10', '--results', str(tmp_path/'r'), '--checkpoints', str(tmp_path/'c')]
+    c = small(epochs=1, start_epoch=0)
+    assert main([*args, '--seed', '1', '--no-weights']) == 0 and not (tmp_path/'weights').exists()
+    assert main(args) == 0
+    loaded = engine.load_run(tmp_path/'weights'/f'{c.run_id}.safetensors')
+    record = records.read_record(c.run_id, tmp_path/'r')
+    images, labels = engine.load_images(c)[2]
+    with torch.no_grad(): right = (loaded.model(loaded.transform(images)).argmax(1) == labels).double().mean().item()
+    assert right == record['last']['test_accuracy'] and not loaded.model.training
+    assert loaded.config == c and loaded.classes == [f'pattern {i}' for i in range(10)]
+
+@pytest.mark.parametrize('changes', [{}, dict(normalize=True, channels_last=True), dict(precision='float64')], ids=str)
+def test_the_transform_is_that_of_the_evaluation(tmp_path, changes):
+    from PIL import Image
+    c = small(epochs=1, start_epoch=0, **changes)
+    run(c, tmp_path, weights=tmp_path/'w')
+    state = torch.get_rng_state()
+    loaded = engine.load_run(tmp_path/'w'/f'{c.run_id}.safetensors')
+    assert torch.equal(state, torch.get_rng_state())
+    batch = next(iter(build_dls(c, device='cpu')[2]))[0]
+    images = engine.load_images(c)[2].images
+    assert torch.equal(loaded.transform(images[:len(batch)]), batch) and loaded.transform(images).dtype == batch.dtype
+    picture = Image.fromarray(images[3].permute(1, 2, 0).numpy())
+    picture.save(tmp_path/'3.png')
+    assert torch.equal(loaded.transform([picture, tmp_path/'3.png']), batch[[3, 3]])
+    with pytest.raises(TypeError, match='uint8'): loaded.transform(torch.rand(3, 32, 32))
+
+def test_a_full_disk_at_the_weights_does_not_cost_the_record(tmp_path, monkeypatch):
+    def full(*args): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(engine.models, 'save_network', full)
+    with pytest.warns(UserWarning, match='the trained network was not saved .No space left'):
+        assert run(small(epochs=1, start_epoch=0), tmp_path, weights=tmp_path/'w') is not None
+
+# --- logs
+
+def test_log_of_tensorboard(tmp_path):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    c = small(epochs=2)
+    record = run(c, tmp_path, log='tensorboard', log_folder=tmp_path/'logs')
+    events = EventAccumulator(str(tmp_path/'logs'/c.run_id))
+    events.Reload()
+    for tag in ('train/loss', 'train/accuracy', 'valid/loss', 'valid/accuracy', 'train/gini', 'train/kl', 'pull/gini', 'pull/kl', 'lr'):
+        column = tag.replace('/', '_')
+        assert [e.step for e in events.Scalars(tag)] == [0, 1]
+        assert [e.value for e in events.Scalars(tag)] == pytest.approx(record['epochs'][column], rel=1e-5)
+
+def test_log_of_wandb(tmp_path, monkeypatch):
+    rows, begun = [], []
+    class Run:
+        def log(self, values, step): rows.append((step, values))
+        def finish(self): rows.append('finished')
+    fake = types.ModuleType('wandb')
+    fake.init = lambda **options: begun.append(options) or Run()
+    monkeypatch.setitem(sys.modules, 'wandb', fake)
+    c = small(epochs=2)
+    run(c, tmp_path, log='wandb', log_folder=tmp_path/'logs')
+    assert begun[0]['id'] == c.run_id and begun[0]['config']['bs'] == c.bs
+    assert [step for step, _ in rows[:2]] == [0, 1] and rows[2] == 'finished' and {'train/loss', 'pull/kl', 'valid/accuracy'} <= set(rows[0][1])
