@@ -184,7 +184,7 @@ class GiniKLLoss(nn.Module):
         return Measured(gini.to(M.dtype), kl.to(M.dtype), P.detach().sum(1) != 0, mass.detach())
 
     def remember(self, S, mass, dtype): return S, mass
-    def terms(self, A, y, mask=None) -> tuple[torch.Tensor, torch.Tensor]:
+    def terms(self, A: torch.Tensor, y: Any, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         "The two unweighted terms, L_Gini and L_KL (Eqs. 1 and 5), each a scalar"
         measured = self.measure(A, y, mask)
         return measured.gini, measured.kl
@@ -211,7 +211,7 @@ def pull(
     y: torch.Tensor, # targets: labels (m,) int64, or one-hot, soft or multi-hot (m, n) float
     loss: torch.Tensor, # the main loss, a scalar; its graph is kept
     mask: torch.Tensor | None = None, # positions that count, as in `pool`
-    **options, # of `GiniKLLoss`
+    **options: Any, # of `GiniKLLoss`
 ) -> Pull:
     "How hard the main loss and each unweighted term pull at the activations: the norms of their gradients"
     main, = torch.autograd.grad(loss, A, retain_graph=True)

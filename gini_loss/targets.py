@@ -105,8 +105,8 @@ def leave_out(A: torch.Tensor, mask: torch.Tensor, dims: list[int]) -> tuple[tor
     kept = (mask != 0).reshape(len(A), -1).sum(1, keepdim=True)
     require((kept > 0).all(), lambda: f"the mask leaves nothing of image {int((kept == 0).nonzero()[0, 0])}:"
             " leave the image out of the batch, or give it the label ignore_index and keep one position")
-    shape = [A.shape[d] if d in dims or not d else 1 for d in range(A.ndim)]
-    return torch.where((mask != 0).reshape(shape), A, 0), kept / max(1, mask[:1].numel())
+    like_A = [1 if d and d not in dims else A.shape[d] for d in range(A.ndim)]
+    return torch.where((mask != 0).reshape(like_A), A, 0), kept / max(1, mask[:1].numel())
 
 # %% ../nbs/08_targets.ipynb #fded8383
 class MixedTargets:
@@ -260,19 +260,19 @@ def label_matrix(
     n_classes: int | None = None, # number of classes n; None: the largest label plus one
     ignore_index: int = -100, # images with this label take no part
     renumber: bool = False, # at most a column for each label of the batch, in place of one for each class
-    ranks=None, # `Ranks`, where the batch is spread over several processes
+    ranks: Any = None, # `Ranks`, where the batch is spread over several processes
 ) -> LabelMatrix:
     "The targets, checked, as the matrix Y of Eqs. 4 and 7, in double precision; its `mass` is that of all processes"
     if isinstance(y, LabelMatrix): return y
     y = check_targets(y, None if M is None else len(M), n_classes, ignore_index)
     if M is not None: check_device(M, y, "targets")
-    if y.ndim == 2: Y = LabelMatrix(in_double(y), y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32))
+    if isinstance(y, torch.Tensor) and y.ndim == 2:
+        Y = LabelMatrix(in_double(y), y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32))
     else:
-        mixed = isinstance(y, MixedTargets)
-        both = [y.labels, y.others] if mixed else [y]
+        both, parts = ([y.labels, y.others], [y.lam, 1 - y.lam]) if isinstance(y, MixedTargets) else ([y], [None])
         n, classes = choose_columns(torch.cat(both), n_classes, ignore_index, renumber, ranks)
         entries = []
-        for labels, share in zip(both, [y.lam, 1 - y.lam] if mixed else [None]):
+        for labels, share in zip(both, parts):
             kept = labels != ignore_index
             if classes is None: columns = torch.where(kept, labels, 0)
             else: columns = torch.searchsorted(classes, labels.contiguous())
@@ -287,11 +287,11 @@ class ClassPrior:
         if not isinstance(class_prior, torch.Tensor):
             try: class_prior = torch.as_tensor(class_prior, dtype=torch.float64)
             except (TypeError, ValueError):
-                raise TypeError(f"class_prior must be the shares or counts of the classes, got {class_prior!r}") from None
+                raise TypeError(f"class_prior must be shares or counts of the classes, got {class_prior!r}") from None
         prior = in_double(plain_tensor(class_prior, "class_prior").detach())
         if prior.ndim != 1 or not len(prior) or n_classes is not None and len(prior) != n_classes:
-            raise ValueError(f"class_prior must have one share or count for each of the {n_classes or 'n'} classes,"
-                             f" got shape {tuple(prior.shape)}")
+            raise ValueError("class_prior must have one share or count for each of the"
+                             f" {n_classes or 'n'} classes, got shape {tuple(prior.shape)}")
         require(((prior >= 0) & (prior < torch.inf)).all(), lambda: "class_prior must be finite and not negative,"
                 f" got values from {prior.min().item():.3g} to {prior.max().item():.3g}")
         require(prior.sum() > 0, lambda: "class_prior is 0 for all classes: give the number of training images of each")
@@ -311,7 +311,7 @@ def check_class_prior(class_prior: Any, n_classes: int | None = None) -> ClassPr
 # %% ../nbs/08_targets.ipynb #738fd23c
 def restrict_prior(class_prior: Any, Y: LabelMatrix) -> torch.Tensor:
     "The prior of each column of Y that has label mass, 0 for the others; raises if it is 0 for a class that is there"
-    prior = check_class_prior(class_prior).like(Y.mass)
+    prior = (class_prior if isinstance(class_prior, ClassPrior) else ClassPrior(class_prior)).like(Y.mass)
     if Y.is_dense() and len(prior) != Y.n:
         raise ValueError(f"class_prior has {len(prior)} entries for targets of {Y.n} columns: give one for each class")
     classes = torch.arange(Y.n, device=Y.mass.device) if Y.classes is None else Y.classes
@@ -361,7 +361,7 @@ def check_class_probs(P: torch.Tensor) -> torch.Tensor:
             f" {sums.max().item():.3g}: class_probs() makes probabilities of class averages")
     return P
 
-def check_settings(rectify: Any, channel_dim: Any) -> tuple[str, int | None]:
+def check_settings(rectify: Any, channel_dim: Any) -> tuple[str, Any]:
     "The settings of `pool` as far as they can be checked without activations"
     if rectify not in ('abs', 'relu', 'none'):
         raise ValueError(f"rectify={rectify!r} is not known: use 'abs', 'relu' or 'none'")
