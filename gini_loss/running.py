@@ -66,7 +66,7 @@ class RunningGiniKLLoss(GiniKLLoss):
 
     # Not buffers: averages of weights (EMA, SWA) copy those, and the size is known from the first batch on only
     def get_extra_state(self) -> torch.Tensor:
-        "One number, of which averages of whole state dicts can make what they like; torch.save keeps all that lies behind it"
+        "One number, for averages of whole state dicts to average; torch.save keeps the memory that lies behind it"
         sizes = self.means.new_tensor([0, *self.means.shape])
         return torch.cat([sizes, self.mass, self.means.flatten()])[0]
     def set_extra_state(self, state: torch.Tensor) -> None:
