@@ -52,7 +52,7 @@ def save_checkpoint(
     header: dict, # small dict that `read_checkpoint_header` can read without the rest
     state: dict, # nested dicts and lists of tensors, numbers and strings
 ) -> None:
-    "Write a checkpoint, atomically: whatever happens, the file is the old one or the new one. OSError if the disk is full"
+    "Write a checkpoint: at any moment the file is the old one or the new one. OSError if the disk is full"
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload, head = buffer.getbuffer(), json.dumps(header).encode()
@@ -100,7 +100,8 @@ def _read_state(payload, device):
     _check_sizes(payload)
     state = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
     for t in _tensors(state):
-        if t.numel()*t.element_size() > t.untyped_storage().nbytes(): raise ValueError("a tensor is larger than its storage")
+        if t.numel()*t.element_size() > t.untyped_storage().nbytes():
+            raise ValueError("a tensor is larger than its storage")
     return state
 
 def _check_owner(path, header, config):
@@ -120,7 +121,8 @@ def load_checkpoint(
     "Header and state. CheckpointError, with the file's name, if it is damaged, foreign or of another run"
     path = Path(path)
     header = read_checkpoint_header(path)
-    if path.stat().st_size > _MOST_BYTES: raise CheckpointError(f"the checkpoint {path} is too large to be one: {_ADVICE}")
+    if path.stat().st_size > _MOST_BYTES:
+        raise CheckpointError(f"the checkpoint {path} is too large to be one: {_ADVICE}")
     data = path.read_bytes()
     start = len(CHECKPOINT_MAGIC) + 8
     end = start + struct.unpack('<Q', data[len(CHECKPOINT_MAGIC):start])[0]
@@ -129,7 +131,8 @@ def load_checkpoint(
         raise CheckpointError(f"the checkpoint {path} is damaged (its checksum is wrong): {_ADVICE}")
     if config is not None: _check_owner(path, header, config)
     try: return header, _read_state(payload, device)
-    except Exception as e: raise CheckpointError(f"the checkpoint {path} cannot be read ({type(e).__name__}): {_ADVICE}") from e
+    except Exception as e: # torch and zipfile raise many kinds
+        raise CheckpointError(f"the checkpoint {path} cannot be read ({type(e).__name__}): {_ADVICE}") from e
 
 # %% ../nbs/23b_checkpoint.ipynb #e62ef619
 class RunLocked(RuntimeError): "Another process is at the same run"
@@ -144,7 +147,7 @@ def _is_same_file(handle, path):
     except FileNotFoundError: return False
 
 class RunLock:
-    "Context manager that keeps other processes from the same run. RunLocked if one is at it. The lock of a killed process is gone with it"
+    "Keeps other processes from the same run. RunLocked if one is at it. A killed process takes its lock along"
     patience = 0.5 # seconds
     def __init__(self,
         path: str | Path, # file of the lock
@@ -181,7 +184,7 @@ class RunLock:
 def is_locked(
     path: str | Path, # file of the lock
 ) -> bool:
-    "Is a process at the run of this lock file? The file is not changed, and nobody who wants the lock is refused because of this look"
+    "Is a process at the run of this lock file? Nothing is changed, and no start is refused because of this look"
     if fcntl is None: return _is_taken(path)
     try: file = open(path, 'rb')
     except OSError: return False
@@ -209,11 +212,12 @@ def _check_progress(header, state, config):
     missing = sorted({'epoch', 'seconds', 'sessions'} - set(header))
     if missing: raise ValueError(f"its header does not say {', '.join(missing)}")
     epoch = header['epoch']
-    if epoch >= config.epochs: raise ValueError(f"it claims epoch {epoch}, but the epochs of this run are 0 to {config.epochs - 1}")
+    if epoch >= config.epochs:
+        raise ValueError(f"it claims epoch {epoch}, but the epochs of this run are 0 to {config.epochs - 1}")
     needed = {'model', 'optimizer', 'learning_rate', 'best', 'columns', 'loader'}
     if not isinstance(state, dict) or not needed <= set(state): raise ValueError("it does not hold a whole run")
     columns, best = state['columns'], state['best']
-    if not isinstance(columns, dict) or {len(v) if isinstance(v, list) else -1 for v in columns.values()} != {epoch + 1}:
+    if not isinstance(columns, dict) or not all(isinstance(v, list) and len(v) == epoch + 1 for v in columns.values()):
         raise ValueError(f"its log does not have the {epoch + 1} epochs that it claims")
     if not isinstance(best, dict) or best.get('epoch') not in range(epoch + 1):
         raise ValueError("its best epoch is none of those that it claims")
@@ -224,7 +228,7 @@ class Checkpoint(Callback):
     def __init__(self,
         path: str | Path, # file of the checkpoint
         config: Config, # `Config` of the run
-        every: int | None = None, # epochs between two checkpoints; None: as many as keep the time for saving to a twentieth
+        every: int | None = None, # epochs between two checkpoints; None: so many that saving takes a twentieth of the time
         limit: Any = None, # a `Deadline`: before it ends the fit, the run is saved
     ) -> None:
         self.path, self.config, self.every, self.limit = Path(path), config, every, limit
@@ -234,10 +238,11 @@ class Checkpoint(Callback):
     def load(self) -> int:
         "First epoch to train: 0, or the one after the checkpoint's"
         if not self.path.exists(): return 0
-        # read to the CPU: what belongs on the device is copied there, and Adam's counters stay where no step has to wait for them
+        # read to the CPU: what belongs on the device is copied there, and no step has to wait for Adam's counters
         header, self.state = load_checkpoint(self.path, self.config)
         try: _check_progress(header, self.state, self.config)
-        except ValueError as e: raise CheckpointError(f"the checkpoint {self.path} cannot be of this run: {e}; {_ADVICE}") from None
+        except ValueError as e:
+            raise CheckpointError(f"the checkpoint {self.path} cannot be of this run: {e}; {_ADVICE}") from None
         self.seconds, self.sessions = header['seconds'], header['sessions'] + 1
         return header['epoch'] + 1
 
@@ -280,7 +285,8 @@ class Checkpoint(Callback):
                       sessions=self.sessions)
         try: save_checkpoint(self.path, header, state)
         except OSError as e:
-            warnings.warn(f"epoch {epoch} was not saved to {self.path} ({e.strerror or e}): {self.kept()}, training goes on")
+            problem = f"epoch {epoch} was not saved to {self.path} ({e.strerror or e})"
+            warnings.warn(f"{problem}: {self.kept()}, training goes on")
         self._wait_until = time.perf_counter() + 19*seconds_since(start)
 
     def kept(self) -> str:
@@ -296,7 +302,8 @@ def describe_checkpoint(
 
 # %% ../nbs/23b_checkpoint.ipynb #31ba7f15
 class Deadline(Callback):
-    "Ends the fit before the deadline: between epochs if the next would not end in time, else in the middle of one; the epochs since the last checkpoint are then trained again"
+    """Ends the fit before the deadline: between epochs if the next would not end in time, else in the middle of one;
+    the epochs since the last checkpoint are then trained again"""
     order = 57 # before Checkpoint, which saves when the end is near
     def __init__(self,
         deadline: float, # value of `time.monotonic()`
@@ -312,7 +319,8 @@ class Deadline(Callback):
         if self.near or self.start > self.deadline: self.stop()
 
     def after_batch(self) -> None:
-        if self.deadline == float('inf') or world_size() > 1 and self.learn.iter % 10: return # several processes ask each other
+        if self.deadline == float('inf'): return
+        if world_size() > 1 and self.learn.iter % 10: return # several processes ask each other
         if self._time() > self.deadline: self.stop()
 
     def after_epoch(self) -> None:

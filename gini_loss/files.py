@@ -23,7 +23,7 @@ def write_whole(
     path: str | Path, # the file to write
     *parts: Any, # bytes, one after the other
 ) -> None:
-    "Write `parts` to `path`: the file is the old one or the new one, whole. OSError, which names the file, leaves nothing behind"
+    "Write `parts` to `path`: the file is the old one or the new one, whole. OSError names it, and nothing else is left"
     path = Path(path)
     temporary = path.with_name(f'{path.name[:150]}.{os.getpid()}.{next(_numbers)}.tmp')
     try:
@@ -79,7 +79,7 @@ def remove_leftovers(
 def check_folders(
     *folders: str | Path, # folders that will be written to; made if they are not there
 ) -> None:
-    "Raise OSError, which names the folder, unless files can be written in each of them: asked before the work, not after"
+    "Raise OSError, which names the folder, unless files can be written in each of them"
     for folder in folders:
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def describe_error(
 
 # %% ../nbs/26_files.ipynb #47111e95
 def digest(
-    data: bytes | memoryview | Iterable[bytes], # the bytes, in one piece or in several
+    data: bytes | Iterable[bytes], # the bytes, in one piece or in several
 ) -> str:
     "32 hexadecimal digits that change with any bit of `data`"
     found = blake2b(digest_size=16)

@@ -56,7 +56,8 @@ def _values(name, text):
     for word in text.split():
         first, dash, last = word.partition('-')
         if kind is int and dash and first.isdigit() and last.isdigit():
-            if int(last) - int(first) >= _MOST_RUNS: raise ValueError(f"{name}={word}: a range of more than {_MOST_RUNS} values")
+            if int(last) - int(first) >= _MOST_RUNS:
+                raise ValueError(f"{name}={word}: a range of more than {_MOST_RUNS} values")
             values += range(int(first), int(last) + 1)
         else: values.append(parse_value(name, word))
     return values
@@ -65,12 +66,14 @@ def _section_configs(lines, changes):
     "The runs of one section: every combination of its values"
     unknown = sorted(set(lines) - set(Config.__annotations__) - {'preset'})
     if unknown:
-        raise ValueError(f"{', '.join(unknown)} is not a field of Config: use preset, {', '.join(Config.__annotations__)}")
+        names = ', '.join(Config.__annotations__)
+        raise ValueError(f"{', '.join(unknown)} is not a field of Config: use preset, {names}")
     preset = lines.pop('preset', None)
     grid = {name: _values(name, text) for name, text in lines.items()}
     runs = math.prod(map(len, grid.values()))
     if runs > _MOST_RUNS: raise ValueError(f"{runs} combinations are more than {_MOST_RUNS} runs")
-    names = sorted(grid, key=lambda name: dict(seed=0, arch=1, loss=3).get(name, 2)) # seeds outermost: pairs are complete early
+    # seeds outermost: pairs are complete early
+    names = sorted(grid, key=lambda name: dict(seed=0, arch=1, loss=3).get(name, 2))
     for values in product(*(grid[name] for name in names)):
         fields = {**dict(zip(names, values)), **changes}
         yield recipe(preset or fields.get('arch', 'resnet18'), **fields)
@@ -83,10 +86,11 @@ def load_study(
     name: str | Path, # one of `list_studies`, or the path of a file
     **changes: Any, # fields of `Config` to set in every run
 ) -> Study:
-    "The `Study` in a file. FileNotFoundError for an unknown one, ValueError for what cannot be understood, with the section and the line's name"
+    "The `Study` in a file. FileNotFoundError for an unknown one; ValueError names the section that is not understood"
     path = Path(name) if str(name).endswith('.ini') else STUDIES/f'{name}.ini'
     if not path.is_file():
-        raise FileNotFoundError(f"there is no study {str(name)!r}: use one of {', '.join(list_studies())}, or the path of an .ini file")
+        known = ', '.join(list_studies())
+        raise FileNotFoundError(f"there is no study {str(name)!r}: use one of {known}, or the path of an .ini file")
     parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=('#',))
     try: parser.read(path, encoding='utf-8')
     except configparser.Error as e: raise ValueError(f"{path.name}: {e}") from None
@@ -96,19 +100,21 @@ def load_study(
         try:
             for config in _section_configs(dict(parser[section]), changes): configs.setdefault(config.run_hash, config)
         except (ValueError, TypeError) as e: raise ValueError(f"{path.name}, [{section}]: {e}") from None
-    if not configs: raise ValueError(f"{path.name} lists no runs: add a section such as [runs] with loss = ce both and seed = 0-4")
+    if not configs:
+        raise ValueError(f"{path.name} lists no runs: add a section such as [runs] with loss = ce both and seed = 0-4")
     return Study(path.stem, parser.get('study', 'title', fallback=path.stem), list(configs.values()))
 
 # %% ../nbs/25_studies.ipynb #20f3fd18
 class RunState(NamedTuple):
     "Where one run of a study stands"
     config: Config # the run
-    state: str # done, running, stopped (a checkpoint is there), missing or damaged (a file has its record's name and is not a good record)
+    state: str # done, running, stopped (a checkpoint is there), missing, or damaged (its record is no good one)
     epochs: int # epochs that are done and kept
     estimate: float # seconds that it still needs, as far as similar runs tell; NaN: unknown
     problem: str = '' # what is wrong with a damaged record
 
-def _cost_key(c): return c.arch, c.width, c.bs, c.data, c.classes, c.train_per_class, c.precision, c.channels_last, c.compile
+def _cost_key(c):
+    return c.arch, c.width, c.bs, c.data, c.classes, c.train_per_class, c.precision, c.channels_last, c.compile
 
 def _seconds_per_epoch(results):
     "Seconds per epoch of the recorded runs, by what a run costs"
@@ -119,7 +125,7 @@ def _seconds_per_epoch(results):
             config = Config(**record['config'])
             each = record['seconds']['training']/config.epochs
             if 0 <= each < float('inf'): seconds.setdefault(_cost_key(config), []).append(each)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError): continue # `load_results` is there to complain
+        except (OSError, ValueError, KeyError, TypeError, RecursionError): continue # `load_results` complains
     return {k: sorted(v)[len(v)//2] for k, v in seconds.items()}
 
 def _run_state(config, results, path, known):
@@ -166,8 +172,9 @@ def print_state(
     unknown = len(estimates) - len(known)
     print(f"{sums}; {_duration(sum(known))} left" + (f", and {unknown} runs of unknown length" if unknown else ''))
 
-# %% ../nbs/25_studies.ipynb #cff569c1
-_LOST_DEVICE = getattr(torch, 'AcceleratorError', ()) # an assertion or a wrong address on a GPU: all that follows in the process fails as well
+# %% ../nbs/25_studies.ipynb #a9d4ffdd
+# an assertion or a wrong address on a GPU: all that follows in the process fails as well
+_LOST_DEVICE = getattr(torch, 'AcceleratorError', ())
 
 def _report(words): print(words, file=sys.stderr, flush=True)
 
@@ -181,12 +188,13 @@ def _is_lost(e): return isinstance(e, _LOST_DEVICE) and not isinstance(e, torch.
 
 def run_study(
     study: Study, # `Study`
-    results: str | Path = 'results', # folder of the records; new ones go into a folder below it that has the study's name
+    results: str | Path = 'results', # folder of the records; new ones go into a folder of the study's name there
     checkpoints: str | Path = 'checkpoints', # folder of checkpoints and locks
-    budget: float | None = None, # seconds; no epoch is started that is known to need more than what is left. None: no limit
+    budget: float | None = None, # seconds; no epoch is begun that is known to need more. None: no limit
     **options: Any, # further arguments of `train`
 ) -> dict[str, int]:
-    "Train what has no record, in order. Returns a dict: counts of runs done, failed, left to others (locked) and not started or stopped for time. DataNotFound without the images"
+    """Train what has no record, in order. Returns counts of runs done, failed, left to others (locked) and not started
+    or stopped for time. DataNotFound without the images"""
     deadline = None if budget is None else time.monotonic() + budget
     counts = dict(done=0, failed=0, locked=0, no_time=0)
     queue, again = list(study.configs), set()
@@ -207,7 +215,8 @@ def run_study(
             _report(f'{config.run_id}  failed: {describe_error(e)}')
             counts['failed'] += 1
             if not _is_lost(e): continue
-            _report(f'the GPU cannot be used by this process any more: start the command again for the other {len(queue)} runs')
+            problem = 'the GPU cannot be used by this process any more'
+            _report(f'{problem}: start the command again for the other {len(queue)} runs')
             break
         else:
             counts['done' if record is not None else 'no_time'] += 1
@@ -239,7 +248,8 @@ def work(
 def _end_with_parent():
     "On Linux: the system ends this process when the one that started it is gone, however that ended"
     if 'GINI_LOSS_PARENT' not in os.environ or not sys.platform.startswith('linux'): return
-    with contextlib.suppress(OSError, AttributeError): ctypes.CDLL(None).prctl(1, int(signal.SIGTERM)) # PR_SET_PDEATHSIG
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM)) # PR_SET_PDEATHSIG
     if os.getppid() != int(os.environ['GINI_LOSS_PARENT']): sys.exit(143)
 
 def _worker_environment(n, budget):
@@ -250,7 +260,7 @@ def _worker_environment(n, budget):
     return env
 
 def _run_workers(n, argv, budget=None):
-    "`n` processes of the same command, and their exit statuses: the locks share out the runs. They end with this process"
+    "Exit statuses of `n` processes of the same command: the locks share out the runs. They end with this process"
     env, folder = _worker_environment(n, budget), str(Path(gini_loss.__file__).resolve().parent)
     command = [sys.executable, '-c', _WORKER, folder, *argv, '--workers', '1']
     workers = [subprocess.Popen(command, env=env) for _ in range(n)]
@@ -268,10 +278,13 @@ def _run_workers(n, argv, budget=None):
 def _parser():
     parser = argparse.ArgumentParser(
         'gini_study', description="Train the runs of a study that have no record yet, in order.",
-        epilog=f"Studies that come with the package: {', '.join(list_studies())}. A study that was killed continues where it was.")
+        epilog=f"Studies that come with the package: {', '.join(list_studies())}. "
+               "A study that was killed continues where it was.")
     parser.add_argument('name', nargs='?', help='a study of the package, or the path of an .ini file')
-    parser.add_argument('--list', action='store_true', help='show what is done, under way and missing, and the estimated time')
-    parser.add_argument('--workers', type=count_option, default=1, metavar='N', help='processes at a time on the device (1)')
+    parser.add_argument('--list', action='store_true',
+                        help='show what is done, under way and missing, and the estimated time')
+    parser.add_argument('--workers', type=count_option, default=1, metavar='N',
+                        help='processes at a time on the device (1)')
     parser.add_argument('--set', nargs='+', default=[], metavar='FIELD=VALUE',
                         help='set fields of Config in every run, such as precision=bfloat16')
     add_run_options(parser)
