@@ -8,15 +8,13 @@ import json
 import re
 import sys
 
+from colab import install_cell
 from common import cells, cfg, root, text
 
 from gini_loss.api import Entry, constants, is_described, overview, public_modules
 
 NBS = root / "nbs"
 COLAB = f"https://colab.research.google.com/github/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/nbs"
-INSTALL = '''#| hide
-import importlib.util
-if importlib.util.find_spec("gini_loss") is None: get_ipython().run_line_magic("pip", "install -q gini_loss")'''
 ENTRY = re.compile(r"^show_doc\(\w+\.(\w+)\)", re.M)
 
 
@@ -61,7 +59,7 @@ def page_cells(module, path):
     opening = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({COLAB}/{path.name})\n\n"
     opening += f"One module of [the API](60_api.ipynb){', told in ' + told if told else ''}."
     needs = f"#| hide\nfrom IPython.display import Markdown\nfrom gini_loss import {short}\nfrom gini_loss.api import constants, show_doc"
-    out = [markdown_cell(f"# gini_loss.{short}\n\n> {doc}"), markdown_cell(opening), code_cell(INSTALL), code_cell(needs)]
+    out = [markdown_cell(f"# gini_loss.{short}\n\n> {doc}"), markdown_cell(opening), code_cell(needs)]
     out += kept.get(None, [])
     for name in module.__all__:
         symbol = getattr(module, name)
@@ -72,6 +70,7 @@ def page_cells(module, path):
     if table := constants(module):
         out.append(markdown_cell("## Constants"))
         out.append(code_cell(f"#| echo: false\nMarkdown(constants({short}))", table, "<IPython.core.display.Markdown object>"))
+    out.insert(2, code_cell(install_cell(out)))
     for k, cell in enumerate(out): cell["id"] = f"{short[:12]}-{k:03d}"
     return out
 

@@ -16,8 +16,18 @@ RENDERED = {
 }
 
 
+def as_details(tabs):
+    "Tabs of the site as sections that open, the first one open"
+    parts = re.split(r"^### (.+)\n", tabs.group(1), flags=re.M)
+    sections = zip(parts[1::2], parts[2::2], strict=True)
+    opened = [f"<details{'' if k else ' open'}>\n<summary>{name}</summary>\n\n{body.strip()}\n\n</details>"
+              for k, (name, body) in enumerate(sections)]
+    return "\n\n".join(opened) + "\n"
+
+
 def without_fences(source):
     "Markdown without the lines that make tabs, cards and columns of it on the site"
+    source = re.sub(r"^::: \{\.panel-tabset\}\n(.*?)^:::$\n?", as_details, source, flags=re.M | re.S)
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"^:::.*$\n?", "", source, flags=re.M)).strip()
 
 

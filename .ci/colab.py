@@ -1,0 +1,57 @@
+"""The first cell of each notebook installs the package in Colab: from the index, or from the repository while it is not
+there, with the extras that the page's imports need. This writes that cell anew in every notebook that has one.
+
+Names of notebooks choose some of them; `--check` says which are out of step.
+"""
+import json
+import re
+import sys
+
+from common import cfg, root, text
+
+ADDRESS = f"git+https://github.com/{cfg['user']}/{cfg['repo']}"
+START = re.compile(r"^#\| ?hide\nimport importlib\.util\nif importlib\.util\.find_spec\(\"gini_loss\"\) is None:")
+NEEDS = {
+    "fastai": r"^(?:from|import) (?:fastai|fastcore)\b|gini_loss\.callback",
+    "plots": r"^(?:from|import) (?:matplotlib|seaborn|pandas|numpy)\b|gini_loss\.plots",
+    "replication": r"^(?:from|import) (?:torchvision|scipy|sklearn|PIL)\b|gini_loss\.(?:datasets|loader|train|study|records|paper|stats|demo|config)\b",
+}
+
+
+def extras(all_cells):
+    "The extras that a page's imports need: `all` if it is all three"
+    code = "\n".join(text(c["source"]) for c in all_cells if c["cell_type"] == "code")
+    if "from gini_loss.api import" in code: return ["all"]
+    found = [name for name, pattern in NEEDS.items() if re.search(pattern, code, re.M)]
+    return ["all"] if len(found) == len(NEEDS) else found
+
+
+def install_cell(all_cells):
+    wanted = cfg["lib_name"] + (f"[{','.join(found)}]" if (found := extras(all_cells)) else "")
+    return f'''#| hide
+import importlib.util
+if importlib.util.find_spec("gini_loss") is None:
+    wanted, address = "{wanted}", "{ADDRESS}"
+    get_ipython().system(f"pip install -q '{{wanted}}' || pip install -q '{{wanted}} @ {{address}}'")'''
+
+
+def main():
+    stale = []
+    chosen = [name for name in sys.argv[1:] if not name.startswith("-")]
+    for path in sorted((root / "nbs").glob("*.ipynb")):
+        if chosen and path.name not in chosen: continue
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        cells = notebook["cells"]
+        cell = next((c for c in cells[:5] if START.match(text(c["source"]))), None)
+        if cell is None: continue
+        now = install_cell(cells)
+        if text(cell["source"]) == now: continue
+        stale.append(path.name)
+        if "--check" in sys.argv: continue
+        cell["source"] = now.splitlines(keepends=True)
+        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if "--check" in sys.argv and stale: sys.exit(f"out of step: {', '.join(stale)}; run `python .ci/colab.py`")
+    print("install cells:", ", ".join(stale) + " written" if stale else "in step")
+
+
+if __name__ == "__main__": main()
