@@ -28,7 +28,7 @@ from .records import config_of, known_labels, load_results, read_predictions
 from .stats import (PairedDifference, check_fraction, holm, mean_difference, paired_images, sign_flip_test,
                              smallest_detectable)
 from .study import Study, load_study
-from .train import Config, recipe
+from .config import Config, recipe
 
 # %% ../nbs/30b_judging.ipynb #4433404a
 #| code-fold: true

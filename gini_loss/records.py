@@ -24,15 +24,10 @@ import pandas as pd
 import torch
 
 import gini_loss
+from .config import MAY_DIFFER, Config
 from .datasets import CALTECH12
 from .files import write_whole
 from .ranks import world_size
-if typing.TYPE_CHECKING: from gini_loss.train import Config
-
-def _config_class():
-    "`Config`, looked up when it is needed: the engine that defines it imports this module"
-    from gini_loss.train import Config
-    return Config
 
 # %% ../nbs/24_records.ipynb #91e2ea16
 RECORD_FORMAT = 1
@@ -72,14 +67,14 @@ def _check_type(value, kind, name):
 
 def check_record(
     record: dict[str, Any], # dict, as read from a JSON file
-) -> 'Config':
+) -> Config:
     "The `Config` of a record. ValueError, saying what is wrong, unless the record is whole and consistent"
     if not isinstance(record, dict): raise ValueError(f"a record is an object, got {type(record).__name__}")
     if record.get('format') != RECORD_FORMAT:
         raise ValueError(f"its format is {record.get('format')!r}, expected {RECORD_FORMAT}: "
                          "it is not a record, or a later version of gini_loss wrote it")
     _check_type(record, {**SCHEMA, **{k: v for k, v in _OPTIONAL.items() if k in record}}, '')
-    try: config = _config_class()(**record['config'])
+    try: config = Config(**record['config'])
     except (TypeError, ValueError) as e: raise ValueError(f"its configuration is not understood: {e}") from None
     for name in ('run_id', 'config_hash', 'pair_hash'):
         if record[name] != getattr(config, name):
@@ -199,7 +194,7 @@ def write_record(
 
 # %% ../nbs/24_records.ipynb #cb278e05
 def known_labels(
-    config: 'Config', # configuration of a run
+    config: Config, # configuration of a run
 ) -> dict[str, np.ndarray]:
     "Labels of the test images in the order of a run's predictions, by data set: 'test' and 'caltech'"
     if config.data == 'synthetic': return {'test': np.arange(10).repeat(10)}
@@ -284,7 +279,7 @@ def record_files(
 
 def find_record(
     results: str | Path, # folder of the records, searched with all folders below it
-    config: 'Config', # `Config` of the run
+    config: Config, # `Config` of the run
 ) -> Path | None:
     """Path of the run's record, which was read and checked, or None. RecordError if a file has its name and is not
     its record, or two are"""
@@ -324,7 +319,7 @@ def load_results(
         files[record['run_id']] = file
         rows.append(_row(record, config, file, path))
     frame = pd.DataFrame(rows, columns=list(rows[0]) if rows else _columns())
-    for name, kind in _config_class().__annotations__.items(): # None stays None, and whole numbers beside it whole
+    for name, kind in Config.__annotations__.items(): # None stays None, and whole numbers beside it whole
         if isinstance(kind, types.UnionType): frame[name] = pd.Series([row[name] for row in rows], dtype=object)
     return frame
 
@@ -333,7 +328,7 @@ def _row(record, config, file, path):
     train, seconds = record.get('layer_train') or {}, record['seconds']['training']
     return dict(
         run_id=r['run_id'], study=file.parent.relative_to(path).as_posix(),
-        **{name: getattr(config, name) for name in _config_class().__annotations__},
+        **{name: getattr(config, name) for name in Config.__annotations__},
         test_accuracy=last['test_accuracy'], caltech_accuracy=last['caltech_accuracy'],
         caltech_accuracy_12=last['caltech_accuracy_12'], valid_accuracy=last['valid_accuracy'],
         test_loss=last['test_loss'], best_epoch=best['epoch'],
@@ -350,13 +345,12 @@ def _columns():
     def nothing(keys): return dict.fromkeys(keys)
     parts = {name: nothing(SCHEMA[name]) for name in ('last', 'best', 'layer', 'seconds', 'hardware', 'versions')}
     fake = dict(run_id='', finished='', config_hash='', pair_hash='', **parts)
-    return list(_row(fake, _config_class()(), Path('a'), Path()))
+    return list(_row(fake, Config(), Path('a'), Path()))
 
 def config_of(
     run: pd.Series, # a row of the frame of `load_results`
-) -> 'Config':
+) -> Config:
     "The `Config` of a run"
-    Config = _config_class()
     def plain(name, value):
         kind = Config.__annotations__[name]
         if isinstance(kind, types.UnionType):
@@ -379,7 +373,7 @@ def select_runs(
     for name, value in conditions.items(): keep = keep[keep[name].isna() if value is None else keep[name] == value]
     if not len(keep): raise ValueError(f"no run has {', '.join(f'{k}={v!r}' for k, v in conditions.items())}")
     if keep.config_hash.nunique() > 1:
-        fields = [name for name in _config_class().__annotations__ if name != 'seed' and name in keep]
+        fields = [name for name in Config.__annotations__ if name != 'seed' and name in keep]
         values = {name: sorted(keep[name].astype(str).unique()) for name in fields}
         differ = '; '.join(f"{name} ({', '.join(v)})" for name, v in values.items() if len(v) > 1)
         raise ValueError(f"these runs are of several configurations and must not be mixed: they differ in {differ}. "
@@ -398,7 +392,7 @@ def paired_runs(
             raise ValueError(f"the {name} must be runs of one configuration, got {side.config_hash.nunique()}: see "
                              "select_runs")
     if baseline.pair_hash.iloc[0] != treatment.pair_hash.iloc[0]:
-        fields = [name for name in _config_class().__annotations__ if name not in _MAY_DIFFER and name in baseline]
+        fields = [name for name in Config.__annotations__ if name not in MAY_DIFFER and name in baseline]
         pairs = {name: (baseline[name].iloc[0], treatment[name].iloc[0]) for name in fields}
         differ = ', '.join(f'{k} ({a} and {b})' for k, (a, b) in pairs.items() if str(a) != str(b))
         raise ValueError(f"these runs differ in more than the loss: {differ}")
@@ -406,9 +400,6 @@ def paired_runs(
     if not len(pairs): raise ValueError(f"no seed is in both: {sorted(baseline.seed)} and {sorted(treatment.seed)}")
     pairs.columns = ['seed', 'baseline', 'treatment']
     return pairs.assign(difference=pairs.treatment - pairs.baseline).sort_values('seed').reset_index(drop=True)
-
-_MAY_DIFFER = {'seed', 'loss', 'lambda_gini', 'lambda_kl', 'start_epoch', 'reverse_kl', 'rectify', 'layer',
-               'class_prior', 'objective', 'objective_weight'} # between the runs of a pair
 
 # %% ../nbs/24_records.ipynb #aac042b4
 def _file_of(run, path):
