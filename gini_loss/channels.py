@@ -302,7 +302,7 @@ def explain(
     "Which channels carried each prediction, by how much, and for which class each of them stands"
     P = _check_probs(probs).cpu()
     k = _check_integer(k, "k", 1)
-    A, evidence, target, logit, n = _evidence(model, x, layer, target)
+    A, evidence, explained, logit, n = _evidence(model, x, layer, target)
     c = evidence.shape[1]
     if tuple(P.shape) != (c, n):
         raise ValueError(f"probs are of {P.shape[0]} channels and {P.shape[1]} classes, the layer has {c} channels"
@@ -310,10 +310,10 @@ def explain(
     preferred, purity = _preferred(P)
     positive = evidence.clamp(min=0)
     share = positive / positive.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    own_share = (share * (preferred == target[:, None])).sum(1)
+    own_share = (share * (preferred == explained[:, None])).sum(1)
     channels = evidence.argsort(dim=1, descending=True, stable=True)[:, :k]
     return Explanation(
-        target, logit, channels, evidence.gather(1, channels), share.gather(1, channels),
+        explained, logit, channels, evidence.gather(1, channels), share.gather(1, channels),
         stands_for=preferred[channels], purity=purity[channels], maps=A[torch.arange(len(A))[:, None], channels],
         own_share=own_share, rest=logit - evidence.sum(1))
 
@@ -414,10 +414,10 @@ def plot_explanation(
     i = _check_integer(i, "i", 0, len(explanation.target))
     name = (lambda k: str(classes[k])) if classes is not None else str
     top = explanation.channels[i].tolist()
-    kept = {c: r for r, c in enumerate(examples.channels.tolist())} if examples is not None else {}
-    columns = 2 + (examples.images.shape[1] if examples is not None else 0)
+    strongest = {} if examples is None else dict(zip(examples.channels.tolist(), examples.images))
+    columns = 2 + (0 if examples is None else examples.images.shape[1])
     fig = Figure(figsize=(1.35*columns, 1.75*len(top)), layout='constrained')
-    axes = fig.subplots(len(top), columns, squeeze=False)
+    axes: Any = fig.subplots(len(top), columns, squeeze=False)
     for r, c in enumerate(top):
         label, purity, share = (t[i, r].item() for t in (explanation.stands_for, explanation.purity, explanation.share))
         if r == 0: _show(axes[r, 0], images[i], "explained:", name(int(explanation.target[i])))
@@ -426,7 +426,7 @@ def plot_explanation(
         _show(axes[r, 1], images[i], f"{share:.0%} from {c}", stands)
         _overlay(axes[r, 1], explanation.maps[i, r], images.shape[-2:])
         for j in range(columns - 2):
-            if c in kept: _show(axes[r, 2 + j], examples.images[kept[c], j])
+            if c in strongest: _show(axes[r, 2 + j], strongest[c][j])
             else: axes[r, 2 + j].set_axis_off()
     return fig
 
