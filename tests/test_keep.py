@@ -107,6 +107,7 @@ def test_bad_arguments(tmp_path):
 
 def test_an_earlier_file_stays_until_the_new_one_is_whole(kept, tmp_path):
     before = kept.read_bytes()
-    with pytest.raises(OSError): save_network(tmp_path/'no'/'n', resnet18(3, 4, 1), {}, list('abc'))
+    with pytest.raises(OSError): save_network(kept/'n', resnet18(3, 4, 1), {}, list('abc'))    # below a file
+    assert kept.read_bytes() == before
     save_network(kept, resnet18(3, 4, 1), dict(arch='resnet18', width=4, in_channels=1), list('abc'))
     assert kept.read_bytes() != before and [o.name for o in tmp_path.iterdir()] == ['net.safetensors']
