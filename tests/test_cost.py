@@ -245,7 +245,7 @@ def test_no_shape_or_branch_depends_on_values(kwargs, soft):
     with FakeTensorMode():
         try:
             A = torch.empty(64, 32, 4, 4, device='cuda')
-            (A > 0).all()  # with torch 2.6 a reduction wakes the driver
+            ((A > 0) | ~(A > 1)).all(), A.sum() != 0, ~(A.amin() < 0)  # with torch 2.6 some of these wake the driver
         except (RuntimeError, AssertionError) as e:
             pytest.skip(f"this torch cannot pretend to have a GPU: {str(e).splitlines()[0]}")
         y = (
