@@ -163,7 +163,7 @@ const STYLE = `
 .gini-widget .gw-columns { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; align-items: flex-start; }
 .gini-widget .gw-columns > div { flex: 1 1 300px; min-width: 0; }
 .gini-widget table { display: table; border-collapse: collapse; width: 100%; margin: 0 0 .6rem; border: 0; font-size: 14px; color: inherit; }
-.gini-widget th, .gini-widget td { padding: 2px 4px; text-align: left; border: 0; font-weight: normal; background: none; color: inherit; }
+.gini-widget th, .gini-widget td { padding: 2px 3px; text-align: left; border: 0; font-weight: normal; background: none; color: inherit; }
 .gini-widget caption { caption-side: top; text-align: left; padding: 0 0 .25rem; color: inherit; font-weight: 600; }
 .gini-widget .gw-cell { position: relative; display: block; min-width: 64px; }
 .gini-widget .gw-cell input { appearance: none; -webkit-appearance: none; display: block; width: 100%; height: 34px; margin: 0; padding: 0;
@@ -178,7 +178,7 @@ const STYLE = `
   border: 1px solid color-mix(in srgb, currentColor 35%, transparent); border-radius: 4px; padding: 4px 8px; min-height: 32px; cursor: pointer; }
 .gini-widget select option { color: #000; background: #fff; }
 .gini-widget .gw-class { border-left: 6px solid var(--fill); white-space: nowrap; padding: 4px 6px; }
-.gini-widget .gw-bar { display: flex; height: 18px; min-width: 60px; border-radius: 3px; overflow: hidden;
+.gini-widget .gw-bar { display: flex; height: 18px; min-width: 34px; border-radius: 3px; overflow: hidden;
   background: color-mix(in srgb, currentColor 8%, transparent); }
 .gini-widget .gw-bar i { display: block; height: 100%; }
 .gini-widget .gw-number { font-variant-numeric: tabular-nums; text-align: right; white-space: nowrap; }
@@ -299,7 +299,7 @@ function toyBatch(root) {
           ...row.map(cell => make("td", {}, cell.node))))))),
       make("div", {},
         make("table", {}, make("caption", {}, "Class means S and probabilities S̄ (lobster, crab)"),
-          make("thead", {}, head(["channel", "S", "S̄", "", "impurity"])), channels),
+          make("thead", {}, head(["ch.", "S", "S̄", "", "impurity"])), channels),
         make("table", {}, make("caption", {}, "The two histograms"), histograms),
         make("table", {}, make("caption", {}, "The two losses"), losses))),
     spoken)
