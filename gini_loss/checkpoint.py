@@ -228,7 +228,7 @@ class Checkpoint(Callback):
     def __init__(self,
         path: str | Path, # file of the checkpoint
         config: Config, # `Config` of the run
-        every: int | None = None, # epochs between two checkpoints; None: so many that saving takes a twentieth of the time
+        every: int | None = None, # epochs between two checkpoints; None: so many that saving takes a twentieth
         limit: Any = None, # a `Deadline`: before it ends the fit, the run is saved
     ) -> None:
         self.path, self.config, self.every, self.limit = Path(path), config, every, limit
