@@ -91,7 +91,7 @@ def _check_sizes(payload):
     if any(o.compress_type != zipfile.ZIP_STORED for o in entries) or sum(o.file_size for o in entries) > len(payload):
         raise ValueError("it claims to hold more than its bytes")
 
-def _tensors(state) -> Iterator[torch.Tensor]:
+def _tensors(state: Any) -> Iterator[torch.Tensor]:
     if isinstance(state, torch.Tensor): yield state
     inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
     for value in inner: yield from _tensors(value)
@@ -307,7 +307,9 @@ class Deadline(Callback):
     order = 57 # before Checkpoint, which saves when the end is near
     def __init__(self,
         deadline: float, # value of `time.monotonic()`
-    ) -> None: self.deadline, self.near, self.reached, self.epochs = deadline, False, False, []
+    ) -> None:
+        self.deadline, self.near, self.reached = deadline, False, False
+        self.epochs: list[float] = []
 
     def stop(self) -> None:
         "End the fit now"

@@ -71,7 +71,8 @@ class Rival(Callback):
     ) -> None:
         if objective not in OBJECTIVES[1:]:
             raise ValueError(f"objective={objective!r} is not known: use one of {', '.join(OBJECTIVES[1:])}")
-        self.objective, self.weight, self.layer, self.center, self._state = objective, weight, layer, None, None
+        self.objective, self.weight, self.layer, self.center = objective, weight, layer, None
+        self._state: dict[str, Any] | None = None
 
     def before_fit(self) -> None:
         self._tap = FeatureTap(self.learn.model, self.layer)

@@ -112,7 +112,7 @@ def build_dls(
         raise ValueError(f"bs={config.bs} is more than the {len(train.labels)} training images")
     if config.bs % world_size():
         raise ValueError(f"bs={config.bs} does not divide among {world_size()} processes: choose a multiple")
-    augmentation = dict(padding=config.padding, flip=config.flip, rotation=config.rotation)
+    augmentation: dict[str, Any] = dict(padding=config.padding, flip=config.flip, rotation=config.rotation)
     return device_dls(train, valid, test, classes=classes, bs=config.bs, val_bs=500, seed=config.seed, device=device,
                       shard=(rank(), world_size()), **augmentation, **_pixels(config))
 
