@@ -10,6 +10,7 @@ twelve-rivals and twelve-full. two: Table 2, cross-entropy and both terms first,
 Table 1. Records and checkpoints go to --work, outside the tree; what is finished is packed into OUT/results.tgz, and OUT/steps.json says of each step
 how it ended and how long it took. A step that fails does not stop the next one.
 """
+
 import argparse, json, os, subprocess, sys, tarfile, time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ FAST = ['precision=bfloat16', 'channels_last=true']
 
 class Piece:
     "Runs steps one after the other, each with its own limit, and keeps an account"
+
     def __init__(self, out, work, budget, only=()):
         self.out, self.work, self.end, self.steps = Path(out), Path(work), time.monotonic() + budget, []
         self.only = only
@@ -32,44 +34,69 @@ class Piece:
 
     def step(self, name, command, limit, **env):
         "Run `command` for at most `limit` seconds; its output goes to OUT/<name>.log"
-        if self.only and name not in self.only: return
+        if self.only and name not in self.only:
+            return
         start, seconds = time.monotonic(), self.left(limit)
-        if seconds < 5: status = 'no time was left'
+        if seconds < 5:
+            status = 'no time was left'
         else:
-            with open(self.out/f'{name}.log', 'w') as log:
+            with open(self.out / f'{name}.log', 'w') as log:
                 process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **env})
-                try: status = process.wait(seconds)
+                try:
+                    status = process.wait(seconds)
                 except subprocess.TimeoutExpired:
                     process.terminate()
-                    try: process.wait(5)
-                    except subprocess.TimeoutExpired: process.kill()
+                    try:
+                        process.wait(5)
+                    except subprocess.TimeoutExpired:
+                        process.kill()
                     status = 'stopped: its time was up'
         self.steps.append(dict(step=name, status=status, seconds=round(time.monotonic() - start, 1)))
         print(json.dumps(self.steps[-1]), flush=True)
-        if (log := self.out/f'{name}.log').exists(): print(''.join(log.read_text(errors='replace').splitlines(keepends=True)[-6:]), flush=True)
+        if (log := self.out / f'{name}.log').exists():
+            print(''.join(log.read_text(errors='replace').splitlines(keepends=True)[-6:]), flush=True)
         self.save()
 
     def study(self, name, limit, workers, *changes, **options):
         "Train what a study lacks, resuming what was begun"
-        command = [sys.executable, '-m', 'gini_loss.study', name, '--results', str(self.work/'results'), '--checkpoints', str(self.work/'checkpoints'),
-                   '--budget', str(max(1, self.left(limit, spare=25))), '--workers', str(workers)]
-        if changes: command += ['--set', *changes]
-        for key, value in options.items(): command += [f'--{key}', str(value)]
+        command = [
+            sys.executable,
+            '-m',
+            'gini_loss.study',
+            name,
+            '--results',
+            str(self.work / 'results'),
+            '--checkpoints',
+            str(self.work / 'checkpoints'),
+            '--budget',
+            str(max(1, self.left(limit, spare=25))),
+            '--workers',
+            str(workers),
+        ]
+        if changes:
+            command += ['--set', *changes]
+        for key, value in options.items():
+            command += [f'--{key}', str(value)]
         self.step(name, command, limit)
 
     def save(self):
         "Every record, packed; trained networks stay in WORK/weights"
-        (self.out/'steps.json').write_text(json.dumps(self.steps, indent=1))
-        with tarfile.open(self.out/'results.tgz', 'w:gz') as archive:
-            if (self.work/'results').is_dir(): archive.add(self.work/'results', 'results')
+        (self.out / 'steps.json').write_text(json.dumps(self.steps, indent=1))
+        with tarfile.open(self.out / 'results.tgz', 'w:gz') as archive:
+            if (self.work / 'results').is_dir():
+                archive.add(self.work / 'results', 'results')
 
 
 def probe(rounds=60):
     "Milliseconds of a forward and backward pass of the paper's ResNet-18 at batch 60: launched one by one, and as a CUDA graph"
     import torch
     from gini_loss.models import resnet18
+
     torch.manual_seed(0)
-    x, y = torch.rand(60, 3, 32, 32, device='cuda').to(memory_format=torch.channels_last), torch.arange(60, device='cuda') % 12
+    x, y = (
+        torch.rand(60, 3, 32, 32, device='cuda').to(memory_format=torch.channels_last),
+        torch.arange(60, device='cuda') % 12,
+    )
     found = {}
     for how in ('one by one', 'CUDA graph'):
         model = resnet18(12).cuda().to(memory_format=torch.channels_last)
@@ -82,55 +109,104 @@ def probe(rounds=60):
             torch.nn.functional.cross_entropy(f(x).float(), y).backward()
             model.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
-        found[how] = 1e3*(time.perf_counter() - start)/rounds
+        found[how] = 1e3 * (time.perf_counter() - start) / rounds
     print(json.dumps({f'{k}, ms a step': round(v, 3) for k, v in found.items()}))
 
 
 def one(piece, args):
     python = sys.executable
-    piece.step('tests', [python, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-k', CUDA_TESTS, 'tests/test_cost.py', 'tests/test_robustness.py',
-                         'tests/test_train.py'], 75)
-    epoch = [python, 'benchmarks/epoch.py', '--data', 'made-up', '--rounds', '2', '--budget', '50', '--out', str(piece.out/'epoch.json'),
-             '--variants', 'float32', 'without the terms', 'all three']
-    if args.quick: epoch += ['--images', '400', '--bs', '100', '--width', '4']
+    piece.step(
+        'tests',
+        [
+            python,
+            '-m',
+            'pytest',
+            '-q',
+            '-p',
+            'no:cacheprovider',
+            '-k',
+            CUDA_TESTS,
+            'tests/test_cost.py',
+            'tests/test_robustness.py',
+            'tests/test_train.py',
+        ],
+        75,
+    )
+    epoch = [
+        python,
+        'benchmarks/epoch.py',
+        '--data',
+        'made-up',
+        '--rounds',
+        '2',
+        '--budget',
+        '50',
+        '--out',
+        str(piece.out / 'epoch.json'),
+        '--variants',
+        'float32',
+        'without the terms',
+        'all three',
+    ]
+    if args.quick:
+        epoch += ['--images', '400', '--bs', '100', '--width', '4']
     piece.step('profile', epoch, 110)
-    if not args.quick: piece.step('probe', [python, __file__, 'probe'], 30)
-    if args.quick: return piece.study('test', 120, 2)
-    piece.study('twelve', args.limits[0], args.workers, weights=piece.work/'weights')
+    if not args.quick:
+        piece.step('probe', [python, __file__, 'probe'], 30)
+    if args.quick:
+        return piece.study('test', 120, 2)
+    piece.study('twelve', args.limits[0], args.workers, weights=piece.work / 'weights')
     piece.study('twelve-rivals', args.limits[1], args.workers)
     piece.study('twelve-full', args.limits[2], args.full_workers, *FAST)
 
 
-def full(piece, args): piece.study('twelve-full', float('inf'), args.full_workers, *FAST)
+def full(piece, args):
+    piece.study('twelve-full', float('inf'), args.full_workers, *FAST)
 
 
 def two(piece, args):
-    if args.quick: return piece.study('test', 120, 1)
+    if args.quick:
+        return piece.study('test', 120, 1)
     piece.study('table2', float('inf'), 1, *FAST, 'compile=true')
 
 
 def three(piece, args):
-    if args.quick: return piece.study('test', 120, 1)
-    for name in ('table2', 'table1'): piece.study(name, float('inf'), 1, *FAST, 'compile=true')
+    if args.quick:
+        return piece.study('test', 120, 1)
+    for name in ('table2', 'table1'):
+        piece.study(name, float('inf'), 1, *FAST, 'compile=true')
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('piece', choices=('one', 'full', 'two', 'three', 'probe'), help='full: only the study twelve-full of piece one')
+    parser.add_argument(
+        'piece', choices=('one', 'full', 'two', 'three', 'probe'), help='full: only the study twelve-full of piece one'
+    )
     parser.add_argument('--out', default='piece', help='folder for everything that the piece leaves')
     parser.add_argument('--work', default=None, help='folder of records and checkpoints (OUT/work)')
     parser.add_argument('--budget', type=float, default=660, metavar='SECONDS')
     parser.add_argument('--workers', type=int, default=12, help='runs at a time of the small studies')
     parser.add_argument('--full-workers', type=int, default=12, help='runs at a time of twelve-full')
-    parser.add_argument('--limits', type=float, nargs=3, default=[200, 150, 600], metavar='SECONDS', help='of twelve, twelve-rivals, twelve-full')
+    parser.add_argument(
+        '--limits',
+        type=float,
+        nargs=3,
+        default=[200, 150, 600],
+        metavar='SECONDS',
+        help='of twelve, twelve-rivals, twelve-full',
+    )
     parser.add_argument('--only', nargs='+', default=(), metavar='STEP', help='of the piece, only these steps')
     parser.add_argument('--quick', action='store_true', help='in miniature, on any machine')
     args = parser.parse_args()
-    if args.piece == 'probe': return probe()
+    if args.piece == 'probe':
+        return probe()
     os.chdir(HERE.parent)
-    piece = Piece(args.out, args.work or Path(args.out)/'work', args.budget, args.only)
-    try: dict(one=one, full=full, two=two, three=three)[args.piece](piece, args)
-    finally: piece.save()
+    piece = Piece(args.out, args.work or Path(args.out) / 'work', args.budget, args.only)
+    try:
+        dict(one=one, full=full, two=two, three=three)[args.piece](piece, args)
+    finally:
+        piece.save()
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

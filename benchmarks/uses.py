@@ -4,6 +4,7 @@
 
 Which class a channel stands for is read from the training images, everything else is measured on the test images.
 """
+
 import argparse, json
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from gini_loss.train import build_model, load_images
 def read_network(path):
     "The network in a file and its `Config`"
     with safe_open(path, 'pt') as file:
-        config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(file.metadata()['config']).items()})
+        config = Config(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(file.metadata()['config']).items()}
+        )
         classes = json.loads(file.metadata()['classes'])
         weights = {name: file.get_tensor(name) for name in file.keys()}
     model = build_model(config, len(classes))
@@ -28,17 +31,20 @@ def read_network(path):
     return model.eval(), config, classes
 
 
-def logits_of(model, x): return torch.cat([model(part) for part in x.split(300)])
+def logits_of(model, x):
+    return torch.cat([model(part) for part in x.split(300)])
 
 
-def recalls(logits, y, n): return torch.stack([(logits.argmax(1)[y == k] == k).float().mean() for k in range(n)])
+def recalls(logits, y, n):
+    return torch.stack([(logits.argmax(1)[y == k] == k).float().mean() for k in range(n)])
 
 
 def switched_off(model, probs, x, y, n):
     "Recall that a class loses without its channels, and that the other classes lose: means over the classes"
     before, own, others = recalls(logits_of(model, x), y, n), [], []
     for k in range(n):
-        with ablate(model, channels_of(probs, k)): lost = before - recalls(logits_of(model, x), y, n)
+        with ablate(model, channels_of(probs, k)):
+            lost = before - recalls(logits_of(model, x), y, n)
         own.append(lost[k])
         others.append((lost.sum() - lost[k]) / (n - 1))
     return torch.stack(own).mean().item(), torch.stack(others).mean().item()
@@ -47,7 +53,8 @@ def switched_off(model, probs, x, y, n):
 def kept_alone(model, probs, x, y, n, k):
     "Accuracy with the k purest channels of each class and no others"
     kept = {int(c) for label in range(n) for c in channels_of(probs, label)[:k]}
-    with ablate(model, [c for c in range(len(probs)) if c not in kept]): return (logits_of(model, x).argmax(1) == y).float().mean().item()
+    with ablate(model, [c for c in range(len(probs)) if c not in kept]):
+        return (logits_of(model, x).argmax(1) == y).float().mean().item()
 
 
 def retrieval(M, y, k=10):
@@ -63,15 +70,25 @@ def measure(path, root=None):
     model, config, classes = read_network(path)
     train, _, test, _ = load_images(config, root)
     n, y = len(classes), test.labels
-    x_train, x = train.images.float()/255, test.images.float()/255
+    x_train, x = train.images.float() / 255, test.images.float() / 255
     probs = inspect_layer(model, list(zip(x_train.split(300), train.labels.split(300))), n_classes=n).diagnostics.probs
     seen = inspect_layer(model, list(zip(x.split(300), y.split(300))), n_classes=n)
     own, others = switched_off(model, probs, x, y, n)
     share = torch.cat([explain(model, part, probs).own_share for part in x.split(300)])
-    return dict(run_id=config.run_id, loss=config.loss, class_prior=config.class_prior, seed=config.seed,
-                accuracy=seen.right.float().mean().item(), gini=seen.diagnostics.gini, own_share=share.mean().item(),
-                off_own=own, off_others=others, retrieval=retrieval(seen.features, y),
-                one=kept_alone(model, probs, x, y, n, 1), three=kept_alone(model, probs, x, y, n, 3))
+    return dict(
+        run_id=config.run_id,
+        loss=config.loss,
+        class_prior=config.class_prior,
+        seed=config.seed,
+        accuracy=seen.right.float().mean().item(),
+        gini=seen.diagnostics.gini,
+        own_share=share.mean().item(),
+        off_own=own,
+        off_others=others,
+        retrieval=retrieval(seen.features, y),
+        one=kept_alone(model, probs, x, y, n, 1),
+        three=kept_alone(model, probs, x, y, n, 3),
+    )
 
 
 def main():
@@ -86,4 +103,5 @@ def main():
     print(table.groupby(['loss', 'class_prior']).mean(numeric_only=True).round(3).T.to_string())
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

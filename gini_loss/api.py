@@ -13,6 +13,7 @@ import pkgutil
 import re
 from dataclasses import is_dataclass
 from types import ModuleType
+from typing import Any
 import gini_loss
 
 # %% ../nbs/60_api.ipynb #api00007
@@ -46,7 +47,7 @@ def _parameter_text(parameter):
     return text + (f" = {default}" if kind else f"={default}")
 
 def signature_of(
-    sym, # a function or a class
+    sym: Any, # a function or a class
     name: str | None = None, # what to call it; None: its own name
 ) -> str: # as it would be written, an argument a line if it is longer than 80 characters
     "The signature of a function, or of what makes an object of a class"
@@ -118,7 +119,7 @@ def _from_package(sym):
 class Entry:
     "One public name as Markdown, for a notebook and for the site"
     def __init__(self,
-        sym, # a function or a class
+        sym: Any, # a function or a class
         name: str | None = None, # what to call it; None: its own name
         title_level: int = 3, # level of its heading
     ):
@@ -147,14 +148,14 @@ class Entry:
     def __repr__(self): return f"Entry({self.name})"
 
 def show_doc(
-    sym, # a function or a class
+    sym: Any, # a function or a class
     title_level: int = 2, # level of its heading
 ) -> Entry: # for the end of a cell
     "The entry of one public name"
     return Entry(sym, title_level=title_level)
 
 # %% ../nbs/60_api.ipynb #api00017
-def fold_exports(cell) -> None: # a cell of nbdev's, changed in place
+def fold_exports(cell: Any) -> None: # a cell of nbdev's, changed in place
     "Fold exported source, unless the cell says itself whether it is folded"
     if cell.cell_type != 'code' or 'exports' not in getattr(cell, 'directives_', {}): return
     if re.search(r'^#\|\s*code-fold:', cell.source, re.M): return
@@ -169,7 +170,7 @@ def public_modules() -> list[ModuleType]: # in alphabetical order, without old n
         found.append(importlib.import_module(f'gini_loss.{info.name}'))
     return [module for module in found if getattr(module, '__all__', None)]
 
-def is_described(sym) -> bool: # False for constants
+def is_described(sym: Any) -> bool: # False for constants
     "Does a name have a signature and a docstring?"
     return inspect.isclass(sym) or inspect.isroutine(sym)
 

@@ -235,7 +235,7 @@ class GiniLossCallback(Callback):
         for f, name in ((select, 'select'), (mask, 'mask')):
             if f is not None and not callable(f): raise TypeError(f"{name} must be a function, got {type(f).__name__}")
         build = GiniKLLoss if running is None else partial(RunningGiniKLLoss, n_batches=running)
-        options = dict(rectify=rectify, reverse_kl=reverse_kl, n_classes=n_classes, distributed=distributed)
+        options: Any = dict(rectify=rectify, reverse_kl=reverse_kl, n_classes=n_classes, distributed=distributed)
         self.losses = [build(g, k, **options) for g, k in zip(*weights)]
         self.start_epoch, self.n_classes, self.channel_dim = int(start_epoch), self.losses[0].n_classes, channel_dim
         self.ignore_index, self.select, self.class_prior, self.mask = ignore_index, select, class_prior, mask

@@ -337,7 +337,7 @@ def layer_batches(
                 output = _run(model, x)
                 A = tap.activations
                 dim = find_channel_dim(model, A, tap.module) if channel_dim is None else channel_dim
-                M = pool(A, rectify, dim).cpu()
+                M = pool(A, rectify, dim if dim is not None else 1).cpu()
             yield x, rest[0] if rest else None, output, M
 
 # %% ../nbs/42_channels.ipynb #75b72c6f

@@ -111,7 +111,7 @@ def pack_arrays(
     np.savez(file, **arrays)  # type: ignore[arg-type]
     with zipfile.ZipFile(file, 'a') as z: z.comment = b'0'*_DIGEST
     raw = file.getbuffer()
-    raw[-_DIGEST:] = digest(raw[:-_DIGEST]).encode()
+    raw[-_DIGEST:] = digest(bytes(raw[:-_DIGEST])).encode()
     return raw
 
 def unpack_arrays(
@@ -119,7 +119,7 @@ def unpack_arrays(
 ) -> dict[str, np.ndarray]:
     "The arrays by name. ValueError if a single bit has changed, or if the file claims more data than it holds"
     raw = memoryview(raw)
-    if bytes(raw[-_DIGEST:]) != digest(raw[:-_DIGEST]).encode():
+    if bytes(raw[-_DIGEST:]) != digest(bytes(raw[:-_DIGEST])).encode():
         raise ValueError("the content does not match its digest: the file is damaged or of an older version")
     with zipfile.ZipFile(io.BytesIO(raw)) as z:
         return {info.filename.removesuffix('.npy'): _read_member(z, info) for info in z.infolist()}

@@ -6,7 +6,7 @@
 __all__ = ['batch_signs', 'LayerEpoch', 'Finding', 'judge', 'require_finite']
 
 # %% ../nbs/52_is_it_working.ipynb #3184e7bd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import torch
 from .losses import Measured
 
@@ -27,7 +27,9 @@ def batch_signs(
 class LayerEpoch:
     "What the terms of one layer were in an epoch so far. Sums stay on their device until somebody asks"
     def __init__(self) -> None:
-        self.images, self._live, self._sums = 0, None, None
+        self.images = 0
+        self._live: Any = None
+        self._sums: Any = None
 
     def add(self,
         measured: Measured, # of a batch, from `GiniKLLoss.measure`

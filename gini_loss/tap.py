@@ -364,7 +364,8 @@ class FeatureTap:
         select: Callable[[Any], torch.Tensor] | None = None,
     ) -> None:
         self.name, self.module = find_layer(model, layer)
-        self.select, self._recorder, self._remove = select, _Recorder(select), None
+        self.select, self._recorder = select, _Recorder(select)
+        self._remove: Any = None
         self.guessed = layer is None # was the layer chosen by `last_stage`?
         self._hint = layer is None and not is_compiled(model)
 
@@ -373,8 +374,9 @@ class FeatureTap:
         if self._remove is not None: return self
         handle = self.module.register_forward_hook(self._recorder)
         self._recorder.thread, self._recorder.elsewhere = threading.get_ident(), False
-        self._remove = weakref.finalize(self, handle.remove)
-        self._remove.atexit = False
+        remove = weakref.finalize(self, handle.remove)
+        remove.atexit = False
+        self._remove = remove
         return self
 
     def detach(self) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING: from IPython.display import HTML
 # %% ../nbs/61_widgets.ipynb #c93b1e56
 def script_path() -> Path: # the script of both figures: in the checkout, or beside the installed package
     "Where the script of the figures is. Raises `FileNotFoundError` if it is neither in a checkout nor in the package"
-    package = Path(find_spec('gini_loss').origin).resolve().parent
+    package = Path(find_spec('gini_loss').origin).resolve().parent  # type: ignore
     places = [package.parent/'nbs'/'widgets'/'gini.js', package/'scripts'/'gini.js']
     for place in places:
         if place.is_file(): return place

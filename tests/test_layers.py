@@ -1,7 +1,9 @@
 "With no argument the callback finds the last stage and the channels of our four networks and of the usual ones of torchvision and timm"
+
 import warnings
 import pytest, torch, torchvision
 from torch import nn
+
 pytest.importorskip('fastai', reason="the callback needs fastai")
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
@@ -19,7 +21,8 @@ from gini_loss.losses import GiniKLLoss
 from gini_loss.models import cvt7, resnet17, resnet18, resnet50
 from gini_loss.tap import find_channel_dim, find_layer, last_stage
 
-N = 5 # classes
+N = 5  # classes
+
 
 @pytest.fixture(autouse=True)
 def quiet():
@@ -31,6 +34,7 @@ def quiet():
         yield
     torch.set_num_threads(before)
 
+
 def learner(model, size, *cbs, lr=1e-3, m=8, batches=1):
     g = torch.Generator().manual_seed(0)
     data = list(zip(torch.randn(m * batches, 3, size, size, generator=g), torch.arange(m * batches) % N))
@@ -40,35 +44,51 @@ def learner(model, size, *cbs, lr=1e-3, m=8, batches=1):
     learn.remove_cb(ProgressCallback)
     return learn
 
+
 def run(learn, epochs):
     "Fit without printing; the recorded values by name, an epoch a row"
-    with learn.no_logging(): learn.fit(epochs)
+    with learn.no_logging():
+        learn.fit(epochs)
     names = list(learn.recorder.metric_names)[1:-1]
     return [dict(zip(names, row)) for row in learn.recorder.values]
+
 
 def check(model, size, layer, channels, dim):
     "The layer and the dimension that are found; then one step, whose terms must be those of that layer worked out apart from the callback"
     assert last_stage(model) == layer
     caught = []
     handle = find_layer(model)[1].register_forward_hook(lambda _, __, out: caught.append(out))
-    with torch.no_grad(): model(torch.randn(2, 3, size, size))
+    with torch.no_grad():
+        model(torch.randn(2, 3, size, size))
     handle.remove()
-    A, = caught
+    (A,) = caught
     assert isinstance(A, torch.Tensor) and A.shape[dim] == channels, tuple(A.shape)
     assert find_channel_dim(model, A) % A.ndim == dim
 
     found, cb = {}, GiniLossCallback(start_epoch=0)
+
     class Spy(Callback):
         "Looks on before (after_loss, order 4) and after (before_backward) the callback under test"
+
         order, run_valid = 4, False
-        def before_batch(self): self.handle = model.get_submodule(layer).register_forward_hook(lambda _, __, out: found.update(A=out.detach().clone()))
-        def after_pred(self): self.handle.remove()
-        def after_loss(self): self.plain, found['y'] = self.learn.loss_grad, self.y.clone()
+
+        def before_batch(self):
+            self.handle = model.get_submodule(layer).register_forward_hook(
+                lambda _, __, out: found.update(A=out.detach().clone())
+            )
+
+        def after_pred(self):
+            self.handle.remove()
+
+        def after_loss(self):
+            self.plain, found['y'] = self.learn.loss_grad, self.y.clone()
+
         def before_backward(self):
             added = self.learn.loss_grad - self.plain
             first = next(p for p in model.parameters() if p.ndim > 1)
             found.update(added=added.item(), grad=torch.autograd.grad(added, first, retain_graph=True)[0])
-    row, = run(learner(model, size, cb, Spy()), 1)
+
+    (row,) = run(learner(model, size, cb, Spy()), 1)
     gini, kl = GiniKLLoss(channel_dim=dim).terms(found['A'], found['y'])
     assert cb.layer_names == [layer]
     assert row['train_gini'] == pytest.approx(gini.item(), rel=1e-4) and 0 < row['train_gini'] <= 1 - 1 / N + 1e-6
@@ -77,23 +97,36 @@ def check(model, size, layer, channels, dim):
     assert torch.isfinite(found['grad']).all() and found['grad'].abs().sum() > 0
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
+
 # ---- ours
 
-OURS = {'resnet17': (resnet17, 8, 'layer4', N), 'resnet18': (resnet18, 8, 'layer4', 64), 'resnet50': (resnet50, 8, 'layer4', 256), 'cvt7': (cvt7, 6, 'embed3', 48)}
+OURS = {
+    'resnet17': (resnet17, 8, 'layer4', N),
+    'resnet18': (resnet18, 8, 'layer4', 64),
+    'resnet50': (resnet50, 8, 'layer4', 256),
+    'cvt7': (cvt7, 6, 'embed3', 48),
+}
+
 
 @pytest.mark.parametrize('name', OURS)
 def test_ours(name):
     build, width, layer, channels = OURS[name]
     check(build(N, width=width), 32, layer, channels, 1)
 
-@pytest.mark.parametrize('build, layer, channels', [(resnet17, 'layer4', 100), (resnet18, 'layer4', 512), (resnet50, 'layer4', 2048), (cvt7, 'embed3', 258)])
+
+@pytest.mark.parametrize(
+    'build, layer, channels',
+    [(resnet17, 'layer4', 100), (resnet18, 'layer4', 512), (resnet50, 'layer4', 2048), (cvt7, 'embed3', 258)],
+)
 def test_ours_in_full_width(build, layer, channels):
     model, caught = build(100).eval(), []
     name, module = find_layer(model)
     module.register_forward_hook(lambda _, __, out: caught.append(out))
-    with torch.no_grad(): model(torch.randn(2, 3, 32, 32))
+    with torch.no_grad():
+        model(torch.randn(2, 3, 32, 32))
     assert name == layer == model.tap and caught[0].shape[1] == channels
     assert find_channel_dim(model, caught[0]) % 4 == 1
+
 
 @pytest.mark.parametrize('name', OURS)
 def test_ours_with_no_argument_at_all(name):
@@ -111,40 +144,71 @@ def test_ours_with_no_argument_at_all(name):
                 warnings.filterwarnings('ignore', message='GiniLossCallback starts in epoch')
                 rows[with_terms, epochs] = run(learner(model, 32, *cbs), epochs)
             weights[with_terms, epochs] = torch.cat([p.detach().flatten() for p in model.parameters()])
-            if with_terms: assert cbs[0].layer_names == [layer]
+            if with_terms:
+                assert cbs[0].layer_names == [layer]
     assert len(rows[True, 11]) == 11 and all({'train_gini', 'train_kl'} <= set(row) for row in rows[True, 11])
     assert torch.equal(weights[True, 10], weights[False, 10])
     assert not torch.equal(weights[True, 11], weights[False, 11])
+
 
 @pytest.mark.parametrize('build', [resnet17, resnet18, resnet50, cvt7])
 def test_the_one_line_with_the_project_s_own_loaders(build):
     "Loaders, a network of full width, and nothing else; images are random"
     labels = torch.arange(8) * 7
-    dls = device_dls((torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), labels), (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), labels[:4]),
-                     classes=[f'class {i}' for i in range(100)], bs=8, device='cpu')
+    dls = device_dls(
+        (torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), labels),
+        (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), labels[:4]),
+        classes=[f'class {i}' for i in range(100)],
+        bs=8,
+        device='cpu',
+    )
     learn = Learner(dls, build(100), cbs=GiniLossCallback())
     learn.remove_cb(ProgressCallback)
-    with pytest.warns(UserWarning, match='starts in epoch 10'): row, = run(learn, 1)
+    with pytest.warns(UserWarning, match='starts in epoch 10'):
+        (row,) = run(learn, 1)
     assert learn.gini_loss.layer_names == [learn.model.tap]
     assert 0 < row['train_gini'] < 1 and 0 <= row['train_kl'] and row['train_loss'] > 0
 
+
 # ---- what people build themselves, and fastai's own
 
-def body(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-def mlp(*last): return nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3), *last)
+
+def body():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+
+
+def mlp(*last):
+    return nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3), *last)
+
+
 class Head(nn.Module):
-    def __init__(self): super().__init__(); self.l = nn.Linear(8, 3)
+    def __init__(self):
+        super().__init__()
+        self.l = nn.Linear(8, 3)
+
+
 class Block(nn.Module):
-    def __init__(self): super().__init__(); self.conv, self.bn, self.shortcut = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.shortcut = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+
+
 def parts(**modules):
     net = nn.Module()
-    for name, m in modules.items(): setattr(net, name, m)
+    for name, m in modules.items():
+        setattr(net, name, m)
     return net
+
+
 def headless():
     net = torchvision.models.resnet18()
     net.fc = nn.Identity()
     return net
-def conv_head(): return nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+
+
+def conv_head():
+    return nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+
 
 OWN = {
     'a head of its own class': (lambda: nn.Sequential(body(), Head()), '0'),
@@ -157,86 +221,184 @@ OWN = {
     'a perceptron without activations': (lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 3)), '0'),
     'layers in a list': (lambda: parts(layers=nn.ModuleList([nn.Linear(4, 8), nn.Linear(8, 3)])), 'layers.0'),
     'a sigmoid behind the classifier': (lambda: mlp(nn.Sigmoid()), '2'),
-    'a convolutional network within': (lambda: parts(net=nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))), 'net.1'),
+    'a convolutional network within': (
+        lambda: parts(net=nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))),
+        'net.1',
+    ),
     'a network in a wrapper': (lambda: parts(model=torchvision.models.resnet18()), 'model.layer4'),
     'a network without its classifier': (lambda: parts(backbone=headless(), fc=nn.Linear(512, 3)), 'backbone'),
-    'averages for logits': (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), '1'),
+    'averages for logits': (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        '1',
+    ),
     'averages for logits, in parts': (lambda: parts(body=nn.Sequential(nn.Conv2d(3, 8, 3), Block())), 'body'),
-    'convolutions and two linear layers': (lambda: parts(conv1=nn.Conv2d(3, 8, 3), conv2=nn.Conv2d(8, 8, 3), fc1=nn.Linear(8, 8), fc2=nn.Linear(8, 3)), 'conv2'),
-    'a transformer': (lambda: parts(patch=nn.Conv2d(3, 8, 4), blocks=nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 8) for _ in range(2)]), norm=nn.LayerNorm(8), head=nn.Linear(8, 3)), 'blocks.1')}
+    'convolutions and two linear layers': (
+        lambda: parts(conv1=nn.Conv2d(3, 8, 3), conv2=nn.Conv2d(8, 8, 3), fc1=nn.Linear(8, 8), fc2=nn.Linear(8, 3)),
+        'conv2',
+    ),
+    'a transformer': (
+        lambda: parts(
+            patch=nn.Conv2d(3, 8, 4),
+            blocks=nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 8) for _ in range(2)]),
+            norm=nn.LayerNorm(8),
+            head=nn.Linear(8, 3),
+        ),
+        'blocks.1',
+    ),
+}
+
 
 @pytest.mark.parametrize('name', OWN)
 def test_what_people_build_themselves(name):
     build, layer = OWN[name]
     assert last_stage(build()) == layer and find_layer(build())[0] == layer
 
-@pytest.mark.parametrize('build', [lambda: nn.Linear(2, 3), lambda: nn.Sequential(nn.Flatten(), nn.Linear(2, 3)), lambda: parts(layer=nn.Linear(2, 3)), lambda: parts(net=nn.Sequential(nn.Linear(2, 3)))])
-def test_a_classifier_alone_has_nothing_before_it(build):
-    with pytest.raises(ValueError, match="cannot tell which layer of this (Linear|Sequential|Module) comes before the classifier"): last_stage(build())
 
-@pytest.mark.parametrize('options', [{}, dict(concat_pool=False), dict(lin_ftrs=[]), dict(bn_final=True), dict(first_bn=False), dict(ps=0.), dict(y_range=(0, 1))], ids=str)
+@pytest.mark.parametrize(
+    'build',
+    [
+        lambda: nn.Linear(2, 3),
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(2, 3)),
+        lambda: parts(layer=nn.Linear(2, 3)),
+        lambda: parts(net=nn.Sequential(nn.Linear(2, 3))),
+    ],
+)
+def test_a_classifier_alone_has_nothing_before_it(build):
+    with pytest.raises(
+        ValueError, match="cannot tell which layer of this (Linear|Sequential|Module) comes before the classifier"
+    ):
+        last_stage(build())
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        dict(concat_pool=False),
+        dict(lin_ftrs=[]),
+        dict(bn_final=True),
+        dict(first_bn=False),
+        dict(ps=0.0),
+        dict(y_range=(0, 1)),
+    ],
+    ids=str,
+)
 def test_a_vision_learner_is_tapped_before_its_head(options):
     model = create_vision_model(torchvision.models.resnet18, N, pretrained=False, **options)
     assert last_stage(model) == '0'
-    if not options: check(model, 64, '0', 512, 1)
+    if not options:
+        check(model, 64, '0', 512, 1)
+
 
 def test_fastai_s_other_networks():
     pytest.importorskip('timm', reason="timm is not installed")
-    assert last_stage(create_timm_model('resnet18', N, pretrained=False)[0]) == '0' and last_stage(xresnet18(n_out=N)) == '7'
-    assert last_stage(TabularModel([(3, 2)], 2, N, [20, 10])) == last_stage(TabularModel([(3, 2)], 2, N, [20, 10], y_range=(0, 1))) == 'layers.1'
-    with pytest.raises(ValueError, match="of this TabularModel"): last_stage(TabularModel([(3, 2)], 2, N, []))
+    assert (
+        last_stage(create_timm_model('resnet18', N, pretrained=False)[0]) == '0'
+        and last_stage(xresnet18(n_out=N)) == '7'
+    )
+    assert (
+        last_stage(TabularModel([(3, 2)], 2, N, [20, 10]))
+        == last_stage(TabularModel([(3, 2)], 2, N, [20, 10], y_range=(0, 1)))
+        == 'layers.1'
+    )
+    with pytest.raises(ValueError, match="of this TabularModel"):
+        last_stage(TabularModel([(3, 2)], 2, N, []))
+
 
 class Hidden(nn.Module):
     "A classifier that nothing gives away"
-    def __init__(self): super().__init__(); self.l = nn.Linear(8, N)
-    def forward(self, x): return self.l(x.mean((2, 3)))
+
+    def __init__(self):
+        super().__init__()
+        self.l = nn.Linear(8, N)
+
+    def forward(self, x):
+        return self.l(x.mean((2, 3)))
+
 
 def test_a_guess_that_comes_out_as_the_logits_is_refused():
     net = nn.Sequential(body(), Hidden())
-    with pytest.raises(ValueError, match="layer '1' was chosen.*output of the model itself.*name the layer you mean"): run(learner(net, 8, GiniLossCallback(start_epoch=1)), 1)
+    with pytest.raises(ValueError, match="layer '1' was chosen.*output of the model itself.*name the layer you mean"):
+        run(learner(net, 8, GiniLossCallback(start_epoch=1)), 1)
     assert not net[1]._forward_hooks
-    for layer in ('0', '1'): run(learner(net, 8, GiniLossCallback(layer, start_epoch=0)), 1)     # who names the logits means them
+    for layer in ('0', '1'):
+        run(learner(net, 8, GiniLossCallback(layer, start_epoch=0)), 1)  # who names the logits means them
+
 
 # ---- torchvision
 
-def tiny_vit(): return torchvision.models.VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=24, mlp_dim=48, num_classes=N)
+
+def tiny_vit():
+    return torchvision.models.VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=24, mlp_dim=48, num_classes=N
+    )
+
 
 def tiny_swin():
-    return torchvision.models.SwinTransformer(patch_size=[4, 4], embed_dim=12, depths=[1, 1, 2, 1], num_heads=[1, 2, 3, 4], window_size=[7, 7], num_classes=N)
+    return torchvision.models.SwinTransformer(
+        patch_size=[4, 4], embed_dim=12, depths=[1, 1, 2, 1], num_heads=[1, 2, 3, 4], window_size=[7, 7], num_classes=N
+    )
 
-TORCHVISION = { # size of the image, name of the layer, its channels, their dimension
-    'resnet18': (64, 'layer4', 512, 1), 'resnet50': (32, 'layer4', 2048, 1), 'convnext_tiny': (64, 'features', 768, 1),
-    'efficientnet_b0': (64, 'features', 1280, 1), 'mobilenet_v2': (64, 'features', 1280, 1), 'mobilenet_v3_small': (64, 'features', 576, 1),
-    'swin_t': (64, 'features', 768, 3), 'swin_v2_t': (64, 'features', 768, 3),
-    'regnet_y_400mf': (64, 'trunk_output', 440, 1), 'shufflenet_v2_x0_5': (64, 'conv5', 1024, 1), 'squeezenet1_1': (64, 'features', 512, 1),
-    'mnasnet0_5': (64, 'layers', 1280, 1)}
+
+TORCHVISION = {  # size of the image, name of the layer, its channels, their dimension
+    'resnet18': (64, 'layer4', 512, 1),
+    'resnet50': (32, 'layer4', 2048, 1),
+    'convnext_tiny': (64, 'features', 768, 1),
+    'efficientnet_b0': (64, 'features', 1280, 1),
+    'mobilenet_v2': (64, 'features', 1280, 1),
+    'mobilenet_v3_small': (64, 'features', 576, 1),
+    'swin_t': (64, 'features', 768, 3),
+    'swin_v2_t': (64, 'features', 768, 3),
+    'regnet_y_400mf': (64, 'trunk_output', 440, 1),
+    'shufflenet_v2_x0_5': (64, 'conv5', 1024, 1),
+    'squeezenet1_1': (64, 'features', 512, 1),
+    'mnasnet0_5': (64, 'layers', 1280, 1),
+}
 
 CONFUSED = {}
 
-@pytest.mark.parametrize('name', [pytest.param(n, marks=[pytest.mark.xfail(strict=True, reason=CONFUSED[n])] if n in CONFUSED else []) for n in TORCHVISION])
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(n, marks=[pytest.mark.xfail(strict=True, reason=CONFUSED[n])] if n in CONFUSED else [])
+        for n in TORCHVISION
+    ],
+)
 def test_torchvision(name):
     check(torchvision.models.get_model(name, weights=None, num_classes=N), *TORCHVISION[name])
+
 
 @pytest.mark.parametrize('build, layer, channels, dim', [(tiny_vit, 'encoder', 24, 2), (tiny_swin, 'features', 96, 3)])
 def test_torchvision_transformers_of_other_sizes(build, layer, channels, dim):
     check(build(), 32, layer, channels, dim)
 
+
 def test_torchvision_vit_b_16():
     check(torchvision.models.vit_b_16(image_size=32, num_classes=N), 32, 'encoder', 768, 2)
+
 
 def test_torchvision_densenet_is_refused_and_its_last_block_works():
     "Its forward overwrites the output of `features` by an in-place ReLU: an error that says so, not a loss on other numbers"
     model = torchvision.models.densenet121(num_classes=N)
-    with pytest.raises(RuntimeError, match="'features' was changed in place"): run(learner(model, 64, GiniLossCallback(start_epoch=0)), 1)
+    with pytest.raises(RuntimeError, match="'features' was changed in place"):
+        run(learner(model, 64, GiniLossCallback(start_epoch=0)), 1)
     cb = GiniLossCallback('features.denseblock4', start_epoch=0)
-    row, = run(learner(model, 64, cb), 1)
+    (row,) = run(learner(model, 64, cb), 1)
     assert cb.layer_names == ['features.denseblock4'] and 0 < row['train_gini'] < 1
+
 
 # ---- timm
 
 TIMM = {
-    'resnet18': (64, 'layer4', 512, 1), 'convnext_atto': (64, 'stages.3', 320, 1), 'efficientnet_b0': (64, 'blocks.6', 320, 1),
-    'mobilenetv3_small_100': (64, 'blocks.5', 576, 1), 'vit_tiny_patch16_224': (32, 'blocks.11', 192, 2), 'swin_tiny_patch4_window7_224': (32, 'layers.3', 768, 3)}
+    'resnet18': (64, 'layer4', 512, 1),
+    'convnext_atto': (64, 'stages.3', 320, 1),
+    'efficientnet_b0': (64, 'blocks.6', 320, 1),
+    'mobilenetv3_small_100': (64, 'blocks.5', 576, 1),
+    'vit_tiny_patch16_224': (32, 'blocks.11', 192, 2),
+    'swin_tiny_patch4_window7_224': (32, 'layers.3', 768, 3),
+}
+
 
 @pytest.mark.parametrize('name', TIMM)
 def test_timm(name):

@@ -1,4 +1,5 @@
 "What a visitor of the site relies on: the first screen, blocks that run as copied, and what page.html does in a real Chromium."
+
 import configparser
 import functools
 import http.server
@@ -14,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
-if not (NBS / "index.ipynb").is_file(): pytest.skip("the notebooks are not here", allow_module_level=True)
+if not (NBS / "index.ipynb").is_file():
+    pytest.skip("the notebooks are not here", allow_module_level=True)
 
 config = configparser.ConfigParser(delimiters=["="])
 config.read(ROOT / "settings.ini", encoding="utf-8")
@@ -38,7 +40,10 @@ def test_home_has_a_block_for_each_kind_of_loop():
     assert set(TABS) == {"PyTorch", "fastai", "Lightning", "Hugging Face"}
 
 
-@pytest.mark.parametrize("name, needs", [("PyTorch", "torch"), ("fastai", "fastai"), ("Lightning", "lightning"), ("Hugging Face", "transformers")])
+@pytest.mark.parametrize(
+    "name, needs",
+    [("PyTorch", "torch"), ("fastai", "fastai"), ("Lightning", "lightning"), ("Hugging Face", "transformers")],
+)
 def test_a_block_of_home_runs_as_copied_and_makes_channels_purer(name, needs, tmp_path):
     pytest.importorskip(needs)
     after = """
@@ -53,7 +58,7 @@ with FeatureTap(model, "3") as tap, torch.no_grad():
     done = subprocess.run([sys.executable, "block.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     hits, gini = map(float, re.search(r"measured (\S+) (\S+)", done.stdout).groups())
-    assert hits > .95 and gini < .2                  # without the terms about 0.55
+    assert hits > 0.95 and gini < 0.2  # without the terms about 0.55
 
 
 def test_the_bar_of_the_site_has_the_version_and_the_changelog():
@@ -79,7 +84,8 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args): pass
+    def log_message(self, *args):
+        pass
 
 
 @pytest.fixture
@@ -87,13 +93,15 @@ def page(browser, set_width, tmp_path):
     "A page as the site has it, with a plot, a photograph and a wide table, from a server on this machine"
     Image = pytest.importorskip("PIL.Image")
     plot = Image.new("RGB", (200, 100), "white")
-    plot.paste((0, 0, 0), (0, 0, 20, 100))                       # ink
-    plot.paste((68, 1, 84), (30, 0, 50, 100))                    # the dark end of a heat map
-    plot.paste((44, 160, 44), (60, 0, 80, 100))                  # the colour of a loss
+    plot.paste((0, 0, 0), (0, 0, 20, 100))  # ink
+    plot.paste((68, 1, 84), (30, 0, 50, 100))  # the dark end of a heat map
+    plot.paste((44, 160, 44), (60, 0, 80, 100))  # the colour of a loss
     plot.save(tmp_path / "figure.png")
     Image.effect_noise((200, 100), 90).convert("RGB").save(tmp_path / "photo.png")
     cells = "".join(f"<td>{'wide ' * 3}{k}</td>" for k in range(30))
-    (tmp_path / "page.html").write_text(PAGE.format(cells=cells, page=(NBS / "page.html").read_text(encoding="utf-8")), encoding="utf-8")
+    (tmp_path / "page.html").write_text(
+        PAGE.format(cells=cells, page=(NBS / "page.html").read_text(encoding="utf-8")), encoding="utf-8"
+    )
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     set_width(1000)
@@ -110,11 +118,12 @@ image.decode().then(() => {
 })"""
 
 
-def pixels(browser, image, places): return browser.execute_async_script(PIXEL, f"img[alt='{image}']", places)
+def pixels(browser, image, places):
+    return browser.execute_async_script(PIXEL, f"img[alt='{image}']", places)
 
 
 def test_a_figure_follows_the_colour_scheme_and_keeps_its_colours(page):
-    places = [10, 40, 70, 150]                                   # ink, heat map, loss, ground
+    places = [10, 40, 70, 150]  # ink, heat map, loss, ground
     light = pixels(page, "a figure", places)
     page.execute_script("document.body.className = 'quarto-dark'")
     ink, heat, loss, ground = pixels(page, "a figure", places)
@@ -133,7 +142,7 @@ def test_a_page_has_its_contents_under_the_title(page):
     box = page.find_element("css selector", "header + details.contents")
     assert box.find_element("tag name", "summary").text == "On this page"
     assert [a.get_attribute("href").split("#")[1] for a in box.find_elements("tag name", "a")] == ["a", "b", "c"]
-    assert not box.find_elements("css selector", "[id]")         # a second element with the same id would break links
+    assert not box.find_elements("css selector", "[id]")  # a second element with the same id would break links
 
 
 def test_a_wide_table_says_that_it_scrolls_and_takes_the_keyboard(page):
@@ -154,34 +163,50 @@ def test_a_figure_enlarges_and_closes_with_the_keyboard(page):
 
 # ---------------------------------------------------------------- the API's pages
 
+
 def test_every_public_name_has_an_entry_with_its_own_heading():
     from gini_loss.api import is_described, public_modules
+
     for module in public_modules():
         page = NBS / f"60_api_{module.__name__.split('.')[1]}.ipynb"
         outputs = [o for c in json.loads(page.read_text(encoding="utf-8"))["cells"] for o in c.get("outputs", [])]
-        headings = [h for o in outputs for h in re.findall(r"^## (\w+)$", "".join(o.get("data", {}).get("text/markdown", "")), re.M)]
+        headings = [
+            h
+            for o in outputs
+            for h in re.findall(r"^## (\w+)$", "".join(o.get("data", {}).get("text/markdown", "")), re.M)
+        ]
         wanted = [name for name in module.__all__ if is_described(getattr(module, name))]
         assert headings == wanted, f"{page.name}: run `python .ci/api.py`"
 
 
 def test_signatures_are_real_and_no_column_is_without_a_heading():
     from gini_loss.api import Entry, is_described, public_modules
+
     for module in public_modules():
         for name in module.__all__:
             symbol = getattr(module, name)
-            if not is_described(symbol): continue
+            if not is_described(symbol):
+                continue
             entry = Entry(symbol)._repr_markdown_()
-            assert "__main__" not in entry and "(*args, **kwargs)" not in entry and "torch.nn.modules" not in entry, name
-            for table in re.findall(r"^(\|.*\|)\n\|---", entry, re.M): assert "|  |" not in table and "| |" not in table, name
+            assert "__main__" not in entry and "(*args, **kwargs)" not in entry and "torch.nn.modules" not in entry, (
+                name
+            )
+            for table in re.findall(r"^(\|.*\|)\n\|---", entry, re.M):
+                assert "|  |" not in table and "| |" not in table, name
 
 
 def test_an_entry_links_to_the_line_of_its_source():
     from gini_loss import losses
     from gini_loss.api import Entry
+
     line = int(re.search(r"/losses\.py#L(\d+)", Entry(losses.GiniKLLoss)._repr_markdown_()).group(1))
     source = Path(losses.__file__).read_text(encoding="utf-8").splitlines()
     assert source[line - 1].startswith("class GiniKLLoss")
 
 
 def test_pages_fold_exported_source_by_a_processor_of_their_own():
-    assert "add_fold" in cfg["skip_procs"] and cfg["procs"] == "gini_loss.api:fold_exports" and cfg["renderer"] == "gini_loss.api.Entry"
+    assert (
+        "add_fold" in cfg["skip_procs"]
+        and cfg["procs"] == "gini_loss.api:fold_exports"
+        and cfg["renderer"] == "gini_loss.api.Entry"
+    )
