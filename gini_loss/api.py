@@ -122,7 +122,7 @@ class Entry:
         sym: Any, # a function or a class
         name: str | None = None, # what to call it; None: its own name
         title_level: int = 3, # level of its heading
-    ):
+    ) -> None:
         self.sym, self.title_level = sym, title_level
         self.name = name or getattr(sym, '__qualname__', str(sym))
 

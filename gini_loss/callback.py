@@ -38,7 +38,9 @@ def _is_labels(y):
     whole = isinstance(y, torch.Tensor) and not y.is_floating_point() and y.dtype != torch.bool
     return whole and (y.ndim == 1 or y.ndim == 2 and y.shape[1] == 1)
 
-def mixed_targets(learn):
+def mixed_targets(
+    learn: Any, # the `Learner`
+) -> Any: # a tensor, or `MixedTargets`
     "Targets of the batch of a `Learner`, mixed as its `MixUp` or `CutMix` callback mixed them; labels as int64 (m,)"
     y, = learn.yb
     for cb in learn.cbs:
@@ -103,8 +105,8 @@ def _recorder(learn): return next((cb for cb in learn.cbs if isinstance(cb, Reco
 class GiniColumns(Callback):
     "Names the columns of a `GiniLossCallback` in the table of fastai's `Recorder`"
     order = 51
-    def __init__(self, terms): self.terms = terms
-    def before_fit(self):
+    def __init__(self, terms: 'GiniLossCallback') -> None: self.terms = terms
+    def before_fit(self) -> None:
         recorder = _recorder(self.learn)
         if recorder is None: return
         end = len(recorder.metric_names) - bool(recorder.add_time)
@@ -132,7 +134,8 @@ class CompiledMeasure:
         if not self.checked and A.requires_grad and torch.is_grad_enabled(): self.check(A, y, mask)
         return self.compiled(A, y, mask)
 
-    def check(self, A, y, mask):
+    def check(self, A: torch.Tensor, y: Any, mask: torch.Tensor | None) -> None:
+        "RuntimeError unless both give one gradient; not asked again"
         right, found = (self.gradient(measure, A, y, mask) for measure in (self.loss.measure, self.compiled))
         apart, size = (found - right).norm().item(), right.norm().item()
         if not size < float('inf'): return                              # the end of the epoch says what is wrong
@@ -142,7 +145,8 @@ class CompiledMeasure:
                                " compile=False (GiniLossCallback: compile_terms=False)")
         self.checked = True
 
-    def gradient(self, measure, A, y, mask):
+    def gradient(self, measure: Callable, A: torch.Tensor, y: Any, mask: torch.Tensor | None) -> torch.Tensor:
+        "Of the sum of both terms at A, in double precision"
         leaf = A.detach().requires_grad_()
         with _not_remembering(self.loss): measured = measure(leaf, y, mask)
         return in_double(torch.autograd.grad(measured.gini + measured.kl, leaf)[0])

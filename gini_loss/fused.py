@@ -9,7 +9,7 @@ __all__ = ['count', 'MeanRectified', 'mean_rectified']
 import torch
 
 # %% ../nbs/06_fast.ipynb #b2f32b42
-def count(A, dims):
+def count(A: torch.Tensor, dims: list[int]) -> int:
     "How many positions are averaged; torch.compile takes the loop, and not math.prod"
     k = 1
     for d in dims: k *= A.shape[d]

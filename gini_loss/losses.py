@@ -183,7 +183,8 @@ class GiniKLLoss(nn.Module):
         kl = kl_divergence(h_S, h_Y, self.reverse_kl)                               # Eq. 5
         return Measured(gini.to(M.dtype), kl.to(M.dtype), P.detach().sum(1) != 0, mass.detach())
 
-    def remember(self, S, mass, dtype): return S, mass
+    def remember(self, S: torch.Tensor, mass: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        return S, mass
     def terms(self, A: torch.Tensor, y: Any, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         "The two unweighted terms, L_Gini and L_KL (Eqs. 1 and 5), each a scalar"
         measured = self.measure(A, y, mask)

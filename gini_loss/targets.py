@@ -56,7 +56,12 @@ def in_double(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.float32 if x.device.type == 'mps' else torch.float64)
 
 # %% ../nbs/08_targets.ipynb #c6edfa7d
-def check_activations(A, rectify='abs', channel_dim=1, mask=None):
+def check_activations(
+    A: torch.Tensor, # activations, batch first
+    rectify: str = 'abs', # as in `pool`
+    channel_dim: int = 1, # as in `pool`
+    mask: torch.Tensor | None = None, # as in `pool`
+) -> tuple[torch.Tensor, list[int], Any]:
     "The activations as a plain tensor, the dimensions to average over, and the share of positions kept (m, 1)"
     A = check_floating(A, "activations", "pass a layer's output, or call .float()")
     if rectify not in ('abs', 'relu', 'none'):
@@ -214,34 +219,41 @@ def check_targets(
 class LabelMatrix:
     """Y (m, n) of Eqs. 4 and 7. `entries`: a float matrix, or for hard labels a list of one or, for mixed images, two
     pairs of tensors: the column of each image, and its share"""
-    def __init__(self, entries, n, classes=None, dtype=torch.float32, mass=None):
+    def __init__(self, entries: Any, n: int, classes: torch.Tensor | None = None, dtype: torch.dtype = torch.float32,
+                 mass: torch.Tensor | None = None) -> None:
         self.entries, self.n, self.classes, self.dtype = entries, n, classes, dtype
         self.mass = self.column_sums() if mass is None else mass
-    def is_dense(self): return isinstance(self.entries, torch.Tensor)
-    def column_sums(self):
+    def is_dense(self) -> bool: return isinstance(self.entries, torch.Tensor)
+    def column_sums(self) -> torch.Tensor:
         "What each class has of the labels, Σ_k y_kj (n,)"
         if self.is_dense(): return self.entries.sum(0)
         sums = self.entries[0][1].new_zeros(self.n)
         for columns, shares in self.entries: sums = sums.index_add(0, columns, shares)
         return sums
-    def divided_by(self, mass):
+    def divided_by(self, mass: torch.Tensor) -> 'LabelMatrix':
         "y_kj / mass_j"
         if self.is_dense(): return LabelMatrix(self.entries / mass, self.n, self.classes, self.dtype, mass)
         entries = [(columns, shares / mass.index_select(0, columns)) for columns, shares in self.entries]
         return LabelMatrix(entries, self.n, self.classes, self.dtype, mass)
-    def sum_images(self, M):
+    def sum_images(self, M: torch.Tensor) -> torch.Tensor:
         "Mᵀ Y (c, n)"
         if self.is_dense():
             with torch.autocast(M.device.type, enabled=False): return M.T.to(self.entries.dtype) @ self.entries
         sums = self.entries[0][1].new_zeros(self.n, M.shape[1])
         for columns, shares in self.entries: sums = sums.index_add(0, columns, M * shares[:, None])
         return sums.T
-    def with_mass(self, mass):
+    def with_mass(self, mass: torch.Tensor) -> 'LabelMatrix':
         "The same with the label mass of more images than are in this batch"
         return LabelMatrix(self.entries, self.n, self.classes, self.dtype, mass)
 
 # %% ../nbs/08_targets.ipynb #94b47e7d
-def choose_columns(labels, n_classes=None, ignore_index=-100, renumber=False, ranks=None):
+def choose_columns(
+    labels: torch.Tensor, # (m,) int64
+    n_classes: int | None = None, # None: the largest label plus one
+    ignore_index: int = -100, # labels that do not count
+    renumber: bool = False, # True: at most as many columns as there are labels
+    ranks: Any = None, # `Ranks`, where several processes share a batch
+) -> tuple[int, torch.Tensor | None]:
     "The number of columns of Y, and the classes that they stand for: None for 0 to n-1, else labels in order"
     if renumber and ranks is not None and ranks.several:
         if n_classes is not None and n_classes <= ranks.many_classes: return n_classes, None
