@@ -94,6 +94,8 @@ def load_study(
     parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=('#',))
     try: parser.read(path, encoding='utf-8')
     except configparser.Error as e: raise ValueError(f"{path.name}: {e}") from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path.name} is not UTF-8 (byte {e.start}): save it as UTF-8") from None
     configs: dict[str, Config] = {}
     for section in parser.sections():
         if section == 'study': continue

@@ -146,7 +146,8 @@ def find_device(
 def _try_device(name, device):
     try: torch.ones(1, device=device).item()
     except Exception as e: # each kind of device fails in its own way
-        problem = f"the device {str(name)!r} cannot be used here ({describe_error(e)})"
+        reason = describe_error(e).split('. ')[0].split('\n')[0]       # torch goes on with a list of all it knows
+        problem = f"the device {str(name)!r} cannot be used here ({reason})"
         raise ValueError(f"{problem}: leave it out, or use cpu") from None
 
 @lru_cache(maxsize=None)

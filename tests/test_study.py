@@ -59,6 +59,13 @@ def test_bad_files(tmp_path, text, message):
         load_study(path)
 
 
+def test_a_file_of_another_encoding(tmp_path):
+    path = tmp_path / 'old.ini'
+    path.write_bytes('[runs]\n# café\nloss = ce\n'.encode('latin-1'))
+    with pytest.raises(ValueError, match='old.ini is not UTF-8'):
+        load_study(path)
+
+
 def test_values(tmp_path):
     path = tmp_path / 'a.ini'
     path.write_text(
