@@ -27,7 +27,8 @@ from .datasets import CALTECH12
 
 # %% ../nbs/23_config.ipynb #b0161c8f
 LOSSES = dict(ce=(0, 0), gini=(1, 0), kl=(0, 1), both=(1, 1)) # which of the two terms each of the four losses has
-OBJECTIVES = ('cross-entropy', 'label-smoothing', 'center', 'supcon', 'selectivity') # what the terms are added to
+# what the terms are added to: cross-entropy, or cross-entropy and a rival of `gini_loss.rivals`
+OBJECTIVES = ('cross-entropy', 'label-smoothing', 'center', 'supcon', 'selectivity', 'mutual-channel')
 
 @dataclass(frozen=True)
 class Config:

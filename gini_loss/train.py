@@ -439,6 +439,19 @@ def _compile(model, config):
     # left to itself, torch takes the batch size for variable once validation has another one
     return torch.compile(model, dynamic=False)
 
+def _use_cuda_graphs(model, config, batch):
+    """Record forward and backward pass of each stage of `model` as a CUDA graph. The kernels stay the same, and so do the
+    numbers; what goes is the time to launch them one by one, which is most of the time of a small batch"""
+    stages = [part for part in model.children() if any(True for _ in part.children())]
+    inputs, before = {}, {k: v.clone() for k, v in model.state_dict().items()}
+    def note(stage, args): inputs[stage] = args[0].detach().clone().requires_grad_()
+    hooks = [stage.register_forward_pre_hook(note) for stage in stages]
+    model(batch)
+    for hook in hooks: hook.remove()
+    half = torch.autocast('cuda', torch.bfloat16, enabled=config.precision == 'bfloat16', cache_enabled=False)
+    with half: torch.cuda.make_graphed_callables(tuple(stages), tuple((inputs[stage],) for stage in stages))
+    model.load_state_dict(before) # recording has moved the averages of BatchNorm
+
 _OPTIMIZERS = dict(adam=torch.optim.Adam, adamax=torch.optim.Adamax, sgd=torch.optim.SGD)
 
 def _wrapped(model, config, device):
@@ -453,14 +466,16 @@ def build_learner(
     config: Config, # `Config`
     dls: DataLoaders, # from `build_dls`
     cbs: Sequence[Callback] = (), # further callbacks
+    cuda_graphs: bool = False, # on a GPU, launch each stage of the network at once: faster for small batches
 ) -> RunLearner:
     "The learner for `config`; `.epoch_log`, `.learning_rate` and `.keep_best` hold the state of the run"
     c, plain = config, build_model(config, dls.c).to(dls.device)
     model = _wrapped(plain, config, dls.device)
+    if cuda_graphs: _use_cuda_graphs(model, config, dls.train.one_batch()[0])
     momentum = dict(momentum=c.momentum) if c.optimizer == 'sgd' else {}
     opt_func = partial(OptimWrapper, opt=_OPTIMIZERS[c.optimizer], weight_decay=c.weight_decay, **momentum)
     terms = GiniLossCallback(c.layer, c.lambda_gini, c.lambda_kl, c.start_epoch, c.rectify, c.reverse_kl,
-                             class_prior=c.class_prior, pull=not c.compile,
+                             class_prior=c.class_prior, pull=True,
                              compile_terms=c.compile and dls.device.type == 'cuda')
     rival = [Rival(c.objective, c.objective_weight, c.layer)] if c.objective_weight else []
     # fastai's own Recorder and progress bar read a number from the device in each step: they are left out
@@ -582,6 +597,7 @@ class _Job:
     weights: Path | None = None
     log: str | None = None
     log_folder: Path = Path('logs')
+    cuda_graphs: bool = False
 
     def say(self, words):
         if self.talks: print(f'{self.config.run_id}  {words}', flush=True)
@@ -691,7 +707,7 @@ def _train(job):
     checkpoint = Checkpoint(job.path, job.config, job.every, limit)
     watchers: list[Callback] = [Progress(job.config.run_id)] if job.talks else []
     if job.log is not None and rank() == 0: watchers.append(RunLog(job.log, job.log_folder, job.config))
-    learn = build_learner(job.config, dls, [checkpoint, limit, *watchers])
+    learn = build_learner(job.config, dls, [checkpoint, limit, *watchers], job.cuda_graphs)
     first = checkpoint.load()
     if first: job.say(f'continues after epoch {first} of {job.config.epochs}')
     if job.device.type == 'cuda': torch.cuda.reset_peak_memory_stats(job.device)
@@ -749,15 +765,17 @@ def train(
     weights: str | Path | None = None, # folder for the trained network, as safetensors; None: it is not kept
     log: str | None = None, # 'tensorboard' or 'wandb': each epoch's numbers go there as well
     log_folder: str | Path = 'logs', # where that keeps its files
+    cuda_graphs: bool = False, # on a GPU: the same numbers, faster for small batches; not together with `compile`
 ) -> dict | None:
     """Train a run, or continue it, and write its record: a dict. None if the deadline came first.
     RunLocked, CheckpointError, OSError (DataNotFound without the images), ValueError"""
     where = find_device(device)
     _check_options(config, where, checkpoint_every, weights, log)
+    if cuda_graphs: _check_cuda_graphs(config, where)
     job = _Job(config, where, Path(results), Path(results) if folder is None else Path(results)/folder,
                Path(checkpoints)/f'{config.run_id}.pt', data_root, caltech_root,
                float('inf') if deadline is None else deadline, checkpoint_every, verbose and rank() == 0,
-               None if weights is None else Path(weights), log, Path(log_folder))
+               None if weights is None else Path(weights), log, Path(log_folder), cuda_graphs)
     found, leftover = _recorded(job)
     if found is not None and not leftover: return read_record(found)
     check_folders(job.folder, checkpoints, *([] if weights is None else [weights]))
@@ -770,6 +788,12 @@ def train(
         finally:
             gc.collect() # a learner is full of cycles: the next run must not find the memory of this one still taken
             if where.type == 'cuda': torch.cuda.empty_cache()
+
+def _check_cuda_graphs(config, device):
+    "Raise where the stages of the network cannot be recorded"
+    if device.type != 'cuda': raise ValueError(f"cuda_graphs needs a GPU, got the device {str(device)!r}: leave it out")
+    if config.compile: raise ValueError("cuda_graphs and compile=True exclude each other: choose one")
+    if world_size() > 1: raise ValueError(f"cuda_graphs works in one process, not in {world_size()}: leave it out")
 
 def _check_options(config, device, checkpoint_every, weights, log):
     "Raise for what can be known before training"
@@ -799,6 +823,8 @@ def add_run_options(
     add('--weights', default=None, metavar='FOLDER', help='keep the trained networks there, as safetensors')
     add('--log', choices=LOGGERS, default=None, help="where the numbers of each epoch go as well")
     add('--log-folder', default='logs', metavar='FOLDER', help="folder of the log's files (logs)")
+    add('--cuda-graphs', action='store_true',
+        help='on a GPU: the same numbers, faster for small batches; not together with compile')
     add('--restart', action='store_true', help='forget the checkpoint of a run begun before')
     add('--budget', type=seconds_option, default=None, metavar='SECONDS',
         help='end by then: between two epochs with a checkpoint, if the next would not end in time')
@@ -807,7 +833,7 @@ def run_options(
     args: argparse.Namespace, # what a parser with `add_run_options` found
 ) -> dict[str, Any]:
     "The arguments of `train` that were given, but folders of results and checkpoints, device and deadline"
-    names = 'data_root', 'caltech_root', 'restart', 'checkpoint_every', 'weights', 'log', 'log_folder'
+    names = ('data_root', 'caltech_root', 'restart', 'checkpoint_every', 'weights', 'log', 'log_folder', 'cuda_graphs')
     return {name: getattr(args, name) for name in names}
 
 @contextlib.contextmanager

@@ -177,31 +177,35 @@ class OnCPU(MixedPrecision):
         )
 
 
-def fit_against_float64(learn, cb, dtype, tolerance):
-    "Fit; in each of the four steps the terms and their gradients are those of float64 on the CPU from the same activations, which came in as `dtype`"
-    seen, real = [], cb.losses[0].measure
+def terms_in_double(A, y):
+    "The two terms and their gradients at A, in float64 on the CPU"
+    x = A.detach().cpu().double().requires_grad_()
+    values = GiniKLLoss().terms(x, y)
+    return values, [torch.autograd.grad(v, x, retain_graph=True)[0] for v in values]
+
+
+def fit_against_float64(learn, cb, keep, dtype, tolerance):
+    """Fit. In each of the four steps the terms and their gradients must be those of float64 from the same activations,
+    which are of `dtype`. In the last, the gradient of the network must be that of float64's gradient at the activations,
+    brought back through the same half-precision network: the network's own rounding is in both"""
+    seen, real, scale = [], cb.losses[0].measure, 2.0**10  # float16 needs the scaler, here by hand
 
     def spy(A, y, mask=None):
-        out = real(A, y, mask)
-        scale = 2.0**10  # float16 needs the scaler, here by hand
-        grads = [
-            torch.autograd.grad(t * scale, A, retain_graph=True)[0].detach().cpu().double() / scale for t in out[:2]
-        ]
-        seen.append(
-            (A.detach().cpu(), y.detach().as_subclass(torch.Tensor).cpu(), [t.detach().cpu() for t in out[:2]], grads)
-        )
+        out, y = real(A, y, mask), y.detach().as_subclass(torch.Tensor).cpu()
+        found = [torch.autograd.grad(t * scale, A, retain_graph=True)[0] / scale for t in out[:2]]
+        values, exact = terms_in_double(A, y)
+        assert A.dtype == dtype and all(v.dtype == torch.float32 and v.isfinite() for v in out[:2])
+        for got, right in [*zip(out[:2], values), *zip(found, exact)]:
+            assert relative(got.detach().cpu(), right.detach()) < tolerance
+        at_A = (scale * sum(exact) / 2).to(A)
+        back = torch.autograd.grad(A, list(learn.model.parameters()), at_A, retain_graph=True, allow_unused=True)
+        seen[:] = [*seen, torch.cat([g.flatten().double() / scale for g in back if g is not None])]
         return out
 
     cb.losses[0].measure = spy
     fit(learn)
-    assert len(seen) == 4
-    for A, y, values, grads in seen:
-        assert A.dtype == dtype and all(v.dtype == torch.float32 and v.isfinite() for v in values)
-        x = A.double().requires_grad_()
-        for v, g, e in zip(values, grads, GiniKLLoss().terms(x, y)):
-            assert (
-                relative(v, e) < tolerance and relative(g, torch.autograd.grad(e, x, retain_graph=True)[0]) < tolerance
-            )
+    assert len(seen) == 4 and relative(keep.grad[: len(seen[-1])], seen[-1]) < tolerance
+    assert keep.grad[len(seen[-1]) :].abs().sum() == 0  # the classifier, behind the layer
 
 
 @pytest.mark.parametrize(
@@ -211,10 +215,7 @@ def test_autocast_and_gradscaler(mode, dtype, tolerance):
     "Half activations come in, float32 terms go out, right to the precision of the input; the scaler reaches the terms"
     cb, keep = terms(), KeepGrad()
     learn = get_learner(OnCPU(mode), cb, keep, loss=zero_loss, lr=0.0)
-    fit_against_float64(learn, cb, dtype, tolerance)
-    single = get_learner(terms(), KeepGrad(), loss=zero_loss, lr=0.0)
-    fit(single)
-    assert relative(keep.grad, single.keep_grad.grad) < 5e-2  # the network's own half precision, not a factor of 1024
+    fit_against_float64(learn, cb, keep, dtype, tolerance)
     assert clean(learn)
 
 
@@ -229,23 +230,12 @@ def test_mixed_precision_as_a_user_switches_it_on(how):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize('how,dtype,tolerance', [('to_fp16', torch.float16, 1e-3), ('to_bf16', torch.bfloat16, 1e-2)])
 def test_mixed_precision_on_a_gpu(how, dtype, tolerance):
-    "fastai's own switch: half activations in, float32 terms out, value and gradient against float64 on the CPU from the same activations; the network's gradient has no factor of the scaler"
-    cb, keep = terms(), KeepGrad()
-
-    def cuda_dls():
-        dls = get_dls()
-        dls.cuda()
-        dls.c = N
-        return dls
-
-    def learner(*cbs):
-        return get_learner(*cbs, model=get_model().cuda(), loss=zero_loss, lr=0.0, dls=cuda_dls())
-
-    learn = getattr(learner(cb, keep), how)()
-    fit_against_float64(learn, cb, dtype, tolerance)
-    single = learner(terms(), KeepGrad())
-    fit(single)
-    assert keep.grad.isfinite().all() and relative(keep.grad, single.keep_grad.grad) < 5e-2
+    "The same with fastai's own switch"
+    cb, keep, dls = terms(), KeepGrad(), get_dls()
+    dls.cuda()
+    dls.c = N
+    learn = getattr(get_learner(cb, keep, model=get_model().cuda(), loss=zero_loss, lr=0.0, dls=dls), how)()
+    fit_against_float64(learn, cb, keep, dtype, tolerance)
     assert clean(learn)
 
 

@@ -474,6 +474,23 @@ def test_resumed_on_a_gpu(tmp_path, monkeypatch):
     assert parts['epochs']['train_loss'] == pytest.approx(whole['epochs']['train_loss'], rel=1e-3)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+def test_cuda_graphs_give_the_numbers_of_the_engine_without(tmp_path, precision):
+    "The stages recorded as graphs: same losses, same terms, same pulls, to the rounding of sums in another order"
+    c = small(precision=precision, channels_last=True, width=8)
+    plain = run(c, tmp_path / 'plain', device='cuda')
+    graphs = run(c, tmp_path / 'graphs', device='cuda', cuda_graphs=True)
+    tolerance = dict(float32=1e-3, bfloat16=2e-2)[precision]
+    for column in ('train_loss', 'train_gini', 'train_kl', 'grad_main', 'valid_loss'):
+        assert graphs['epochs'][column] == pytest.approx(plain['epochs'][column], rel=tolerance), column
+
+
+def test_cuda_graphs_need_a_gpu(tmp_path):
+    with pytest.raises(ValueError, match='needs a GPU'):
+        run(small(), tmp_path, cuda_graphs=True)
+
+
 def test_finished_in_between(tmp_path, monkeypatch):
     "Another process wrote the record after this one looked for it and before it had the lock: not trained again, and its leftovers go"
     c = small(epochs=1, start_epoch=0)
@@ -904,6 +921,8 @@ def test_compiled_and_eager_agree(tmp_path):
     eager, compiled = run(c, tmp_path), run(replace(c, compile=True), tmp_path)
     for column in ('train_loss', 'train_gini', 'train_kl'):
         assert np.allclose(eager['epochs'][column], compiled['epochs'][column], atol=1e-3)
+    for column in ('grad_main', 'grad_gini', 'grad_kl'):  # both say how hard the terms pulled
+        assert np.allclose(eager['epochs'][column], compiled['epochs'][column], rtol=5e-2)
 
 
 # --- several processes
