@@ -233,14 +233,14 @@ def test_a_study_asks_for_its_folders_first(tmp_path, capsys, option, workers):
     other = '--checkpoints' if option == '--results' else '--results'
     assert main(['test', option, str(tmp_path / 'afile'), other, str(tmp_path / 'fine'), '--workers', workers]) == 1
     err = capsys.readouterr().err
-    assert err.startswith('gini_study: cannot write in the folder') and err.count('\n') == 1
+    assert err.startswith('gini_study: cannot write to the folder') and err.count('\n') == 1
 
 
 @pytest.mark.parametrize('workers', ['0', '-1', 'two'])
 def test_workers_are_counted_from_one(workers, capsys):
     with pytest.raises(SystemExit) as e:
         main(['test', '--workers', workers])
-    assert e.value.code == 2 and 'expected a whole number from 1' in capsys.readouterr().err
+    assert e.value.code == 2 and 'expected a whole number of at least 1' in capsys.readouterr().err
 
 
 def test_the_list_of_studies_on_its_page_is_the_present_one(capsys):

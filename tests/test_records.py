@@ -153,7 +153,7 @@ def test_names_of_records_that_are_none(copy):
         load_results(copy)
     (copy / 'old.json').rmdir()
     (copy / 'gone.json').symlink_to(copy / 'nowhere.json')
-    with pytest.raises(RecordError, match='gone.json is a link that leads nowhere'):
+    with pytest.raises(RecordError, match='gone.json is a broken symlink'):
         load_results(copy)
 
 
@@ -416,7 +416,7 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path):
     put(tmp_path, small())
     (tmp_path / 'more').symlink_to(tmp_path / 'unmounted')
     for look in (lambda: load_results(tmp_path), lambda: find_record(tmp_path, small())):
-        with pytest.raises(RecordError, match='more is a link that leads nowhere'):
+        with pytest.raises(RecordError, match='more is a broken symlink'):
             look()
 
 

@@ -184,7 +184,7 @@ def test_out_of_memory_is_tried_once_more_after_the_others(tmp_path, monkeypatch
     monkeypatch.setattr(module, 'train', crowded)
     assert run_study(study, **folders(tmp_path)) == dict(done=3, failed=1, locked=0, no_time=0)
     ids = [c.run_id for c in study.configs]
-    assert order == [*ids, *ids[:2]] and 'tried once more' in capsys.readouterr().err
+    assert order == [*ids, *ids[:2]] and 'will be tried again' in capsys.readouterr().err
 
 
 def test_a_lost_gpu_ends_the_worker(tmp_path, monkeypatch, capsys):
@@ -395,4 +395,4 @@ def test_stopped_from_the_keyboard(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(module, 'train', stopped)
     assert main(['test', '--results', str(tmp_path / 'r'), '--checkpoints', str(tmp_path / 'c')]) == 130
-    assert 'The same command goes on' in capsys.readouterr().err
+    assert 'The same command continues' in capsys.readouterr().err

@@ -681,7 +681,7 @@ def test_a_record_without_room_goes_to_the_temporary_folder(tmp_path, monkeypatc
     monkeypatch.setattr(checkpoints, 'save_checkpoint', full)
     monkeypatch.setattr(engine, 'write_record', full_for(tmp_path / 'results', tmp_path / 'checkpoints'))
     monkeypatch.setattr(engine.tempfile, 'tempdir', str(tmp_path))
-    with pytest.warns(UserWarning, match='epoch 0 was not saved .*there is no good checkpoint, training goes on'):
+    with pytest.warns(UserWarning, match='epoch 0 was not saved .*there is no good checkpoint, training continues'):
         with pytest.raises(OSError, match='It is in .*move both files to') as e:
             run(c, tmp_path)
     (left,) = tmp_path.glob('gini_loss-*/*.json')
@@ -836,7 +836,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(tmp_path, monk
     other = '--checkpoints' if option == '--results' else '--results'
     assert main(['--preset', 'test', option, str(folder), other, str(tmp_path / 'fine')]) == 1
     err = capsys.readouterr().err
-    assert err.startswith(f'gini_train: cannot write in the folder {str(folder)!r} (') and err.count('\n') == 1
+    assert err.startswith(f'gini_train: cannot write to the folder {str(folder)!r} (') and err.count('\n') == 1
 
 
 @pytest.mark.parametrize(
@@ -844,8 +844,8 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(tmp_path, monk
     [
         (['--device', 'cuda:99'], 1, "there is no device 'cuda:99'"),
         (['--device', 'foo'], 1, "there is no device 'foo'"),
-        (['--threads', '-1'], 2, "expected a whole number from 1, got '-1'"),
-        (['--checkpoint-every', '0'], 2, "expected a whole number from 1, got '0'"),
+        (['--threads', '-1'], 2, "expected a whole number of at least 1, got '-1'"),
+        (['--checkpoint-every', '0'], 2, "expected a whole number of at least 1, got '0'"),
         (['--lambda-gini', 'inf'], 1, "lambda_gini must be finite"),
     ],
 )
@@ -1088,7 +1088,7 @@ def test_a_link_is_no_lock(tmp_path):
     "Its target is somebody's file"
     (tmp_path / 'precious').write_text('of somebody')
     (tmp_path / 'a.lock').symlink_to(tmp_path / 'precious')
-    with pytest.raises(OSError, match='a.lock.* is a link, expected a plain file'):
+    with pytest.raises(OSError, match='a.lock.* is a symlink, expected a plain file'):
         with RunLock(tmp_path / 'a.lock'):
             pass
     assert (tmp_path / 'precious').read_text() == 'of somebody'
@@ -1119,14 +1119,14 @@ for i in range(8):
 @pytest.mark.parametrize(
     'change,message',
     [
-        (lambda h, s: h.update(epoch=7), 'claims epoch 7, but the epochs of this run are 0 to 2'),
-        (lambda h, s: h.update(epoch=1), 'does not have the 2 epochs that it claims'),
-        (lambda h, s: s['best'].update(epoch=2), 'best epoch is none of those'),
-        (lambda h, s: s['columns'].update(train_loss=1.0), 'does not have the 1 epochs'),
+        (lambda h, s: h.update(epoch=7), 'is of epoch 7, but the epochs of this run are 0 to 2'),
+        (lambda h, s: h.update(epoch=1), 'does not have 2 epochs'),
+        (lambda h, s: s['best'].update(epoch=2), 'best epoch is not one of 0 to 0'),
+        (lambda h, s: s['columns'].update(train_loss=1.0), 'does not have 1 epochs'),
         (lambda h, s: s.pop('optimizer'), 'does not hold a whole run'),
         (lambda h, s: s.update(model={}), 'does not fit this run'),
         (lambda h, s: s['loader'].update(bs=7), 'does not fit this run'),
-        (lambda h, s: h.pop('sessions'), 'does not say sessions'),
+        (lambda h, s: h.pop('sessions'), 'lacks sessions'),
     ],
 )
 def test_implausible_checkpoints_are_refused_before_training(stopped, monkeypatch, change, message):
@@ -1223,7 +1223,7 @@ def test_a_record_that_cannot_be_read_is_not_done(tmp_path, capsys, damage):
         (['--device', 'meta'], 1, "the device 'meta' cannot be used here"),
         (['--device', 'xpu'], 1, "the device 'xpu' cannot be used here"),
         (['--seed', str(2**64)], 1, 'seed must be at most'),
-        (['--budget', 'nan'], 2, "expected a number of seconds from 0, got 'nan'"),
+        (['--budget', 'nan'], 2, "expected a number of seconds of at least 0, got 'nan'"),
         (['--budget', '-1'], 2, "expected a number of seconds"),
         (['--log', 'wandb'], 1, 'wandb is not installed, and --log wandb needs it: pip install wandb'),
         (['--log', 'paper'], 2, 'tensorboard'),
