@@ -5,13 +5,14 @@ where the time goes.
     python benchmarks/epoch.py --arch resnet17 resnet18 resnet50 cvt7 --out epoch.json
     python benchmarks/epoch.py --data synthetic --images 400 --bs 100 --width 8 --rounds 2      # seconds on a CPU
 
-Variants: float32; the same without the two terms; bfloat16; channels_last; compile; the three together. All start from
+Variants: float32; the same without the two terms; bfloat16; channels_last; compile; the three together; and, on a GPU alone,
+bfloat16 and channels_last with the stages of the network recorded as CUDA graphs. All start from
 the same weights and see the same images in the same order. A round trains each variant for one epoch in turn, so that a
 change in the machine's load meets all of them; the first round (compilation, choice of algorithms) is not counted. Shown
 for each variant: images per second of training and validation together (median, smallest, largest), the ratio to float32
 within each round, the memory of a GPU that a step takes beside weights, optimiser and images, and the losses after the
-last round with their distance from float32's. Then a profile of some steps of float32, on a GPU of the three switches
-together as well: the costliest operations (there: kernels), and how often a step waits for the device. The file of --out
+last round with their distance from float32's. Then a profile of some steps of float32, on a GPU of the last two
+variants as well: the costliest operations (there: kernels), and how often a step waits for the device. The file of --out
 is written anew after each round, so that a run that is stopped keeps what it measured.
 """
 import argparse, datetime, gc, json, os, statistics, time, warnings
@@ -31,7 +32,8 @@ from gini_loss.train import build_dls, build_learner, environment, recipe
 VARIANTS = {
     'float32': {}, 'without the terms': dict(loss='ce'), 'bfloat16': dict(precision='bfloat16'),
     'channels_last': dict(channels_last=True), 'compile': dict(compile=True),
-    'all three': dict(precision='bfloat16', channels_last=True, compile=True)}
+    'all three': dict(precision='bfloat16', channels_last=True, compile=True),
+    'CUDA graphs': dict(precision='bfloat16', channels_last=True)}
 COLUMNS = 'train_loss', 'train_gini', 'train_kl', 'valid_loss', 'valid_accuracy'
 
 
@@ -54,7 +56,10 @@ class Rounds:
         self.config, self.failed, self.seconds, self.memory = config, {}, {}, {}
         chosen = {k: v for k, v in VARIANTS.items() if not args.variants or k in args.variants}
         configs = {name: replace(config, **changes) for name, changes in chosen.items()}
-        self.learners = {name: build_learner(c, loaders(c, args)) for name, c in configs.items()}
+        graphs = 'CUDA graphs'
+        if not args.device.startswith('cuda'): configs.pop(graphs, None)
+        self.learners = {name: build_learner(c, loaders(c, args), cuda_graphs=name == graphs)
+                         for name, c in configs.items()}
         self.images = len(next(iter(self.learners.values())).dls.train.dataset)
 
     def epoch(self, name, counts):
@@ -208,7 +213,7 @@ def one_network(arch, args, out):
     out['rows'] += rows
     show_rows(arch, rows, out['hardware'])
     for name, why in rounds.failed.items(): print(f'{name}: not measured, {why}')
-    for variant in ('all three', 'float32'):
+    for variant in ('CUDA graphs', 'all three', 'float32'):
         wanted = variant == 'float32' or args.device.startswith('cuda')
         if variant not in rounds.learners or not wanted or time.monotonic() > args.end: continue
         name = arch if variant == 'float32' else f'{arch}, {variant}'

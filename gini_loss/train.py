@@ -472,8 +472,9 @@ def build_learner(
     c, plain = config, build_model(config, dls.c).to(dls.device)
     model = _wrapped(plain, config, dls.device)
     if cuda_graphs: _use_cuda_graphs(model, config, dls.train.one_batch()[0])
-    momentum = dict(momentum=c.momentum) if c.optimizer == 'sgd' else {}
-    opt_func = partial(OptimWrapper, opt=_OPTIMIZERS[c.optimizer], weight_decay=c.weight_decay, **momentum)
+    options = dict(momentum=c.momentum) if c.optimizer == 'sgd' else {}
+    if dls.device.type == 'cuda' and c.optimizer != 'adamax': options['fused'] = True # all parameters in one kernel
+    opt_func = partial(OptimWrapper, opt=_OPTIMIZERS[c.optimizer], weight_decay=c.weight_decay, **options)
     terms = GiniLossCallback(c.layer, c.lambda_gini, c.lambda_kl, c.start_epoch, c.rectify, c.reverse_kl,
                              class_prior=c.class_prior, pull=True,
                              compile_terms=c.compile and dls.device.type == 'cuda')
