@@ -23,8 +23,6 @@ from typing import Any
 import numpy as np
 from fastcore.docments import docments
 
-from .datasets import CALTECH12
-
 # %% ../nbs/23_config.ipynb #b0161c8f
 LOSSES = dict(ce=(0, 0), gini=(1, 0), kl=(0, 1), both=(1, 1)) # whether a loss has the Gini term, and the KL term
 # losses that the terms are added to: cross-entropy, alone or with a rival of `gini_loss.rivals`
@@ -97,6 +95,7 @@ class Config:
     def class_names(self) -> tuple[str, ...] | None:
         "Names of the chosen classes of CIFAR-100 in alphabetical order; None if all are used"
         if self.classes is None: return None
+        from gini_loss.datasets import CALTECH12 # here: it imports fastai, for which a command's --help need not wait
         return tuple(CALTECH12) if self.classes == 'caltech12' else tuple(sorted(set(self.classes.split('+'))))
 
     @property

@@ -32,9 +32,9 @@ from .tap import FeatureTap, find_channel_dim
 class DemoData(NamedTuple):
     "Images to train and to test on"
     train: tuple # images uint8 (N, channels, size, size), labels int64 (N,)
-    test: tuple # the same, of images that are not among those of `train`
+    test: tuple # the same for images that are not in `train`
     classes: list # class names
-    name: str # one line that says what this is
+    name: str # one line that describes the data
 
 # %% ../nbs/12_demo.ipynb #96b05898
 def _split(images, labels, names, seed):
@@ -43,21 +43,21 @@ def _split(images, labels, names, seed):
     counts = labels.bincount(minlength=len(names))
     if counts.min() < 5:
         raise ValueError(f"class {names[counts.argmin()]!r} has {counts.min()} images: at least 5 are needed,"
-                         " one in five is kept for the test")
+                         " because one in five is kept for the test")
     everything = torch.arange(len(labels)).numpy()
     train, test = train_test_split(everything, test_size=.2, stratify=labels.numpy(), random_state=seed)
     return (images[train], labels[train]), (images[test], labels[test])
 
 def _without_copies(train, test):
-    "`test` without the images that are in `train` too, and how many they were"
+    "`test` without the images that are also in `train`, and how many were left out"
     from gini_loss.datasets import find_duplicates
     keep = torch.ones(len(test[1]), dtype=torch.bool)
     keep[find_duplicates(test[0], train[0])[:, 0]] = False
-    if not keep.any(): raise ValueError("each test image is also a training image: this data set holds copies only")
+    if not keep.any(): raise ValueError("every test image is also a training image: this data set holds copies only")
     return (test[0][keep], test[1][keep]), int((~keep).sum())
 
 def _at_most(images, labels, per_class, seed):
-    "At most `per_class` images of each class, drawn by `seed`, in their old order"
+    "At most `per_class` images of each class, drawn by `seed`, in their original order"
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     keep = torch.cat([order[labels[order] == k][:per_class] for k in labels.unique()]).sort().values
     return images[keep], labels[keep]
@@ -114,7 +114,7 @@ def demo_data(
     size: int | None = None, # height and width of the images of a folder, in pixels; None: 32
     seed: int = 0, # of the split and of the choice of images
 ) -> DemoData:
-    "Images to train and to test on; FileNotFoundError or ValueError for data that are not there or not enough"
+    "Images to train and to test on. FileNotFoundError if the data are missing, ValueError if they are too few"
     from gini_loss.datasets import select_classes
     if size is not None and data in ('digits', 'cifar100'):
         raise ValueError(f"size is for the images of a folder; those of {data} have a fixed size")
@@ -133,7 +133,7 @@ def demo_data(
     return DemoData(tuple(train), tuple(test), [names[k] for k in picked], name)
 
 def _in_one_line(title, classes, train, test, copies):
-    "What the data are, for the report"
+    "One line that describes the data, for the report"
     c, size = train[0].shape[1:3]
     left_out = f" ({copies} test images left out as copies of training images)" if copies else ""
     return (f"{title}: {classes} classes, {len(train[1]):,} images to train on and"
@@ -163,7 +163,7 @@ def _settings(data, quick=False, **given):
             raise ValueError(f"{k} must be an integer of at least {least}, got {v!r}")
     if s['seed'] + s['seeds'] > 2**32: raise ValueError(f"seed must be below {2**32}, got {s['seed']}")
     if not 0 < s['lr'] < math.inf: raise ValueError(f"lr must be above 0 and finite, got {s['lr']}")
-    GiniKLLoss(s['lambda_gini'], s['lambda_kl'])                       # says what is wrong with the weights
+    GiniKLLoss(s['lambda_gini'], s['lambda_kl'])                       # raises if a weight is wrong
     if s['start_epoch'] >= s['epochs']:
         raise ValueError(f"start_epoch={s['start_epoch']}, but the epochs are 0 to {s['epochs']-1}:"
                          " the terms would never take part")
@@ -174,12 +174,12 @@ def _settings(data, quick=False, **given):
 def classes_per_channel(
     d: Diagnostics, # `Diagnostics` of a layer
 ) -> float: # 1 to n; NaN if no channel is alive
-    "For how many classes the median channel fires: 1/(1 - impurity), dead channels left out"
+    "Effective number of classes for which the median live channel fires: 1/(1 - impurity)"
     return (1 / (1 - d.impurity[~d.dead])).median().item() if not d.dead.all() else math.nan
 
 # %% ../nbs/12_demo.ipynb #1c197621
 class DemoResult(NamedTuple):
-    "What a run of the demonstration found"
+    "Results of the demonstration"
     summary: object # pandas frame, a row per seed and loss
     history: object # pandas frame, a row per seed, loss and epoch
     layers: dict # loss: `Diagnostics` of the tapped layer on the test images, for the first seed
@@ -193,7 +193,7 @@ class DemoResult(NamedTuple):
         loss: str, # a key of `names`
         seed: int, # one of the seeds
     ) -> dict:
-        "What is kept beside the weights: how to build the network, what its images need, how it was trained"
+        "Metadata to save with the weights: how to build the network, how to prepare images, how it was trained"
         s = self.settings
         weights = (0., 0.) if loss == 'ce' else (s['lambda_gini'], s['lambda_kl'])
         kept = {k: s[k] for k in ('data', 'width', 'size', 'mean', 'std', 'layer', 'epochs', 'start_epoch',
@@ -203,7 +203,7 @@ class DemoResult(NamedTuple):
 
 # %% ../nbs/12_demo.ipynb #616e46f9
 def _objectives(lambda_gini, lambda_kl):
-    "The two losses that are compared: key, name in words, weights"
+    "The two losses to compare: key, name in words, weights"
     plain = LOSS_NAMES['ce']
     used = [k for k, w in (('gini', lambda_gini), ('kl', lambda_kl)) if w]
     key = used[0] if len(used) == 1 else 'both'
@@ -230,7 +230,7 @@ class Demo:
         layer: str | None = None, # dotted name of the layer for the terms; None: the last stage
         width: int | None = None, # channels of the network's first stage; the last has eight times as many
         device: str | torch.device | None = None, # 'cpu', 'cuda' ...; None: fastai's default
-        threads: int = 1, # processor threads; more only help wide networks on idle cores
+        threads: int = 1, # processor threads; more than one only helps wide networks on idle cores
         quick: bool = False, # two epochs of a few steps, to see whether everything works
     ) -> None:
         from fastai.torch_core import default_device
@@ -257,7 +257,7 @@ class Demo:
         s = self.settings
         return device_dls(self.data.train, self.data.test, classes=self.data.classes, bs=s['batch_size'], val_bs=500,
                           seed=seed, device=s['device'], normalize=(s['mean'], s['std']), padding=max(1, s['size']//8),
-                          flip=0. if s['data'] == 'digits' else .5) # a mirrored 3 is no digit
+                          flip=0. if s['data'] == 'digits' else .5) # a mirrored 3 is not a digit
 
     def model(self, seed: int) -> torch.nn.Module:
         "A small residual network whose weights depend on `seed` alone"
@@ -299,10 +299,10 @@ class Demo:
         return learn.model, dls, learn.recorder.values, time.perf_counter() - start
 
     def run(self,
-        progress: Callable[[int, int, str, int], None] | None = None, # takes steps done, steps in all, loss, seed
-        report: Callable[[dict], None] | None = None, # called after each training with the row of the summary
+        progress: Callable[[int, int, str, int], None] | None = None, # called with steps done, all steps, loss, seed
+        report: Callable[[dict], None] | None = None, # called after each training with its row of the summary
     ) -> DemoResult:
-        "Train each pair and measure; ValueError if a training diverges"
+        "Train and measure each pair. ValueError if a training diverges"
         import pandas as pd
         from gini_loss.stats import paired_images
         s, names = self.settings, {key: name for key, name, _ in self.objectives}
@@ -338,7 +338,7 @@ def _measured(seen):
 
 # %% ../nbs/12_demo.ipynb #0119ffc5
 def run_demo(
-    progress: Callable[[int, int, str, int], None] | None = None, # takes steps done, steps in all, loss, seed
+    progress: Callable[[int, int, str, int], None] | None = None, # called with steps done, all steps, loss, seed
     **settings: Any, # arguments of `Demo`
 ) -> DemoResult:
     "Check, train and measure in one call: `Demo(**settings).run()`"
@@ -355,7 +355,7 @@ def _one_pair_words(c, seed):
             " shows by how much.")
 
 def _several_pairs_words(accuracy):
-    "The same for several seeds; `accuracy` has a column for each loss, in percent, and a row for each seed"
+    "The same for several seeds; `accuracy` has a column per loss, in percent, and a row per seed"
     from gini_loss.stats import paired_difference
     baseline, ours = (accuracy[k] for k in accuracy)
     d = paired_difference(ours, baseline)
@@ -374,7 +374,7 @@ def _accuracy_words(result):
     return _several_pairs_words(accuracy)
 
 def _inside_words(result):
-    "What changed in the layer, of the first seed"
+    "What changed in the layer, for the first seed"
     (ce, a), (other, b) = result.layers.items()
     n = len(result.data.classes)
     return (f"Inside: the median channel of {result.settings['layer']} fires for {classes_per_channel(a):.1f} of {n}"
@@ -395,8 +395,8 @@ def _spread(values, digits, scale=1):
 # %% ../nbs/12_demo.ipynb #a9854e50
 def demo_report(
     result: DemoResult, # `DemoResult` of `run_demo`
-) -> str: # plain ASCII text, but for the names of classes and folders
-    "The table of results, and in words what they show"
+) -> str: # plain ASCII text, except for the names of classes and folders
+    "The results as a table, and what they show in words"
     rows = [['on the test images', 'accuracy', 'L_Gini', 'L_KL', 'dead channels', 'seconds']]
     for key, group in result.summary.groupby('loss', sort=False):
         dead = group.dead_channels.mean()
@@ -418,7 +418,7 @@ def _by_preference(d):
     return P[order]
 
 def _draw_layer(heat, bars, d, names, name, color, most):
-    "One row of the figure: the map of the channels, and the share of them that each class gets. Returns the image"
+    "One row of the figure: the map of the channels, and each class's share of them. Returns the image"
     import matplotlib
     n, dead = len(names), int(d.dead.sum())
     cmap = matplotlib.colormaps['magma_r'].with_extremes(bad='#d9d9d9')
@@ -461,11 +461,11 @@ def plot_demo(
 
 # %% ../nbs/12_demo.ipynb #ed8deca6
 class SaveStopped(Exception):
-    "Saving ended early; the message says why, and which files are there"
+    "Saving ended early: the message says why, and which files were saved"
     def __init__(self,
-        cause: BaseException, # what ended it
+        cause: BaseException, # the error or interruption that ended it
         saved: Sequence[str], # names of the files that are complete
-        folder: Path, # where they are
+        folder: Path, # the folder that holds them
     ) -> None:
         self.cause, self.saved = cause, list(saved)
         why = "interrupted" if isinstance(cause, KeyboardInterrupt) else f"error: {_one_line(cause)}"
@@ -474,9 +474,9 @@ class SaveStopped(Exception):
 
 def save_demo(
     result: DemoResult, # `DemoResult` of `run_demo`
-    folder: str | Path, # folder to write into; made if it is not there
-    command: str = '', # the command line, for the record
-    networks: bool = True, # write the trained networks too
+    folder: str | Path, # folder to write into; created if it does not exist
+    command: str = '', # the command line, for report.txt
+    networks: bool = True, # save the trained networks too
 ) -> list[str]: # names of the files
     "Write report.txt, summary.csv, history.csv, figure.png and the networks; `SaveStopped` if that ends early"
     from gini_loss.files import write_whole
@@ -501,7 +501,7 @@ def _files(result, command):
     report = f"{command}\n\n{result.data.name}\n\n{demo_report(result)}\n\n{settings}\ntorch = {torch.__version__}\n"
     figure = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')                # of letters that the font does not have
+        warnings.simplefilter('ignore')                # about letters that the font lacks
         plot_demo(result).savefig(figure, dpi=130)
     return {'report.txt': report.encode('utf-8', 'backslashreplace'),
             'summary.csv': result.summary.to_csv(index=False).encode(),
@@ -512,13 +512,13 @@ def _files(result, command):
 def _one_line(error): return ' '.join(str(error).split()) or type(error).__name__
 
 def _short(folder):
-    "The path from here if the folder lies below, else in full"
+    "The path relative to the current folder if it lies inside, else the full path"
     folder = Path(folder)
     try: return folder.relative_to(Path.cwd().resolve())
     except (ValueError, OSError): return folder
 
 def _new_folder(path):
-    "Create the folder `path`, or path-2, path-3 ... if it holds something already; OSError if it cannot be written to"
+    "Create the folder `path`, or path-2, path-3 ... if it is not empty. OSError if it is not writable"
     base, k = Path(path).expanduser().resolve(), 1
     while True:
         folder = base if k == 1 else base.with_name(f"{base.name}-{k}")
@@ -530,7 +530,7 @@ def _new_folder(path):
                 k += 1
                 continue
         except OSError as e:
-            raise OSError(f"cannot make the folder {path} ({e.strerror}): give another one for the results") from None
+            raise OSError(f"cannot create the folder {path} ({e.strerror}): give another one for the results") from None
         try:
             with tempfile.TemporaryFile(dir=folder): return folder
         except OSError as e:
@@ -558,13 +558,13 @@ class _Bar:
         self.stream.flush()
 
 def _say(text, stream=None):
-    "Print `text`; letters that the stream's encoding does not have are written as escapes"
+    "Print `text`; letters that the stream's encoding lacks are written as escapes"
     stream = sys.stdout if stream is None else stream
     encoding = getattr(stream, 'encoding', None) or 'utf-8'
     print(text.encode(encoding, 'backslashreplace').decode(encoding), file=stream, flush=True)
 
 def _try_names(data, layer):
-    "Draw every name once, so that none of them can spoil the figure after the training"
+    "Draw every name once, so that one that cannot be drawn fails before the training"
     from matplotlib.figure import Figure
     fig = Figure()
     for name in [*data.classes, layer]: fig.text(0, 0, as_text(name))
@@ -578,7 +578,7 @@ def _default(name):
     return ', '.join(f"{v[name]:g} for {'a folder' if k == 'folder' else k}" for k, v in DEFAULTS.items())
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message): # one line: the usage has twenty options
+    def error(self, message): # one line: the usage with its twenty options would hide it
         _say(f"{self.prog}: error: {message}", sys.stderr)
         sys.exit(2)
     def _print_message(self, message, file=None): _say(message.rstrip('\n'), file)
@@ -591,7 +591,7 @@ _EPILOG = """\
 The results go into a folder: report.txt (the table and the settings), summary.csv (a row per
 training), history.csv (a row per epoch), figure.png (who fires for what) and a file
 network-LOSS-sSEED.safetensors for each trained network (gini_loss.models.load_network reads it).
-Exit code: 0 done, 1 the training or the saving failed, 2 something given is wrong, 130 interrupted.
+Exit code: 0 done, 1 training or saving failed, 2 wrong argument, 130 interrupted.
 
 Examples:
   gini_demo                                    the digits, under a minute
@@ -600,49 +600,55 @@ Examples:
   gini_demo --data ~/pictures --size 64        a folder with one subfolder of images per class"""
 
 def _parser():
+    from gini_loss.config import count_option
     raw = argparse.RawDescriptionHelpFormatter
     p = _Parser(prog='gini_demo', formatter_class=raw, description=_DESCRIPTION, epilog=_EPILOG)
     a = p.add_argument_group("images").add_argument
     a('--data', default='digits', metavar='DATA',
-      help="digits (comes with scikit-learn), cifar100 (downloaded by fastai unless it is there already), or the path"
-           " of a folder with one subfolder of images per class (default: digits)")
+      help="digits (comes with scikit-learn), cifar100 (downloaded by fastai if it is missing), or the path of a folder"
+           " with one subfolder of images per class (default: digits)")
     a('--classes', metavar='N|A,B,..',
-      help="how many classes (the first ones), or their names with commas between (default: all digits, 10 of"
+      help="number of classes (the first ones), or their names separated by commas (default: all digits, 10 of"
            " cifar100, at most 10 of a folder)")
-    a('--per-class', type=int, metavar='N',
+    a('--per-class', type=count_option, metavar='N',
       help="at most this many training images of each class (default: all digits, 500 otherwise)")
-    a('--size', type=int, metavar='PIXELS', help="height and width of the images of a folder (default: 32)")
+    a('--size', type=count_option, metavar='PIXELS', help="height and width of the images of a folder (default: 32)")
     a = p.add_argument_group("loss").add_argument
-    a('--lambda-gini', type=float, default=.5, metavar='X',
-      help="weight of the Gini term (default: 0.5, as in the paper)")
-    a('--lambda-kl', type=float, default=.5, metavar='X', help="weight of the KL term (default: 0.5, as in the paper)")
+    a('--lambda-gini', metavar='X', help="weight of the Gini term (default: 0.5, as in the paper)")
+    a('--lambda-kl', metavar='X', help="weight of the KL term (default: 0.5, as in the paper)")
     a('--reverse-kl', action='store_true',
       help="KL(labels, channels) as in the authors' code, not KL(channels, labels) as in the paper")
     a('--layer', metavar='NAME', help="dotted name of the layer for the two terms (default: layer4, the last stage)")
-    a('--start-epoch', type=int, metavar='N',
+    a('--start-epoch', metavar='N',
       help=f"first epoch with the two terms, counted from 0 (default: {_default('start_epoch')})")
     a = p.add_argument_group("training").add_argument
-    a('--epochs', type=int, metavar='N', help=f"epochs of each training (default: {_default('epochs')})")
-    a('--batch-size', type=int, metavar='N', help=f"images in a batch (default: {_default('batch_size')})")
-    a('--lr', type=float, metavar='X',
-      help=f"highest learning rate of the one-cycle schedule (default: {_default('lr')})")
-    a('--width', type=int, metavar='N',
+    a('--epochs', metavar='N', help=f"epochs of each training (default: {_default('epochs')})")
+    a('--batch-size', type=count_option, metavar='N',
+      help=f"images in a batch (default: {_default('batch_size')})")
+    a('--lr', metavar='X', help=f"highest learning rate of the one-cycle schedule (default: {_default('lr')})")
+    a('--width', metavar='N',
       help=f"channels of the first stage; the last has 8 times as many (default: {_default('width')})")
-    a('--seed', type=int, default=0, metavar='N',
-      help="of the split, the initial weights, the order and the crops (default: 0)")
-    a('--seeds', type=int, default=1, metavar='N',
-      help="train this many pairs, with as many seeds from --seed on (default: 1)")
+    a('--seed', metavar='N', help="of the split, the initial weights, the order and the crops (default: 0)")
+    a('--seeds', type=count_option, default=1, metavar='N',
+      help="number of pairs to train, with the seeds --seed, --seed + 1, ... (default: 1)")
     a('--device', metavar='NAME', help="cpu, cuda, mps ... (default: a GPU if there is one)")
-    a('--threads', type=int, default=1, metavar='N',
-      help="processor threads; more help wide networks, and cost time where other programs keep the cores busy"
+    a('--threads', type=count_option, default=1, metavar='N',
+      help="processor threads: more help wide networks, but cost time if other programs keep the cores busy"
            " (default: 1)")
     a('--quick', action='store_true',
       help=f"{QUICK['epochs']} epochs on {QUICK['per_class']} images of each class, to see whether everything works")
     a = p.add_argument_group("results").add_argument
     a('--out', default='gini_demo_out', metavar='FOLDER',
-      help="where to write; if it holds something, FOLDER-2, FOLDER-3 ... (default: gini_demo_out)")
-    a('--no-networks', action='store_true', help="do not keep the trained networks")
+      help="folder for the results; if it is not empty, FOLDER-2, FOLDER-3 ... (default: gini_demo_out)")
+    a('--no-networks', action='store_true', help="do not save the trained networks")
     return p
+
+def _demo_settings(args):
+    "The arguments of `Demo` from those of the command; fields of `Config` are converted as in `gini_train`"
+    from gini_loss.config import given_fields
+    own = 'data', 'per_class', 'size', 'batch_size', 'seeds', 'device', 'threads', 'quick'
+    settings = {**given_fields(args), **{k: getattr(args, k) for k in own}}
+    return {**settings, 'classes': _parse_classes(args.classes)}
 
 def _parse_classes(text):
     "'5' as a number, 'apple,bear' as names"
@@ -655,24 +661,25 @@ def main(
     argv: Sequence[str] | None = None, # arguments of the command line; None: those of the process
 ) -> int: # exit code
     "The console command `gini_demo`"
-    parser = _parser()
-    args = vars(parser.parse_args(argv))
-    out, networks = args.pop('out'), not args.pop('no_networks')
-    args['classes'] = _parse_classes(args['classes'])
+    try: parser = _parser()
+    except ModuleNotFoundError as e:
+        _say(f"gini_demo: error: {e}", sys.stderr)
+        return 2
+    args = parser.parse_args(argv)
     command = shlex.join(['gini_demo', *(sys.argv[1:] if argv is None else argv)])
     bar = _Bar(sys.stderr)
     folder: Path | None = None
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore') # of the libraries, for their developers
+        warnings.simplefilter('ignore') # those of libraries are meant for developers
         try:
             try:
-                demo = Demo(**args)
+                demo = Demo(**_demo_settings(args))
                 _try_names(demo.data, demo.settings['layer'])
-                folder = _new_folder(out)
-            except Exception as e: parser.error(_one_line(e))       # whatever a decoder or a device raises
+                folder = _new_folder(args.out)
+            except Exception as e: parser.error(_one_line(e))       # decoders and devices raise errors of many kinds
             result = _run_aloud(demo, bar)
             assert folder is not None # made before the training
-            saved = save_demo(result, folder, command, networks)
+            saved = save_demo(result, folder, command, not args.no_networks)
             _say(f"Saved {', '.join(saved[:-1])} and {saved[-1]} in {_short(folder)}")
             return 0
         except KeyboardInterrupt: code, message = 130, "interrupted, nothing was saved"
@@ -684,7 +691,7 @@ def main(
     return code
 
 def _run_aloud(demo, bar):
-    "Run `demo` and print what happens"
+    "Run `demo` and print its progress and results"
     s, names = demo.settings, {key: name for key, name, _ in demo.objectives}
     _say(textwrap.fill(demo.data.name, 100))
     _say(f"ResNet-18 of width {s['width']} on {s['device']}, {s['epochs']} epochs, batches of {s['batch_size']};"
@@ -698,6 +705,6 @@ def _run_aloud(demo, bar):
     return result
 
 def _remove_if_empty(folder):
-    "Remove a folder that was made for results, if none are in it"
+    "Remove a folder made for results if it is empty"
     try: folder.rmdir()
-    except OSError: pass            # it holds something, or is gone already
+    except OSError: pass            # it is not empty, or it is gone already

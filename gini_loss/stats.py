@@ -22,9 +22,9 @@ from scipy.optimize import brentq
 
 # %% ../nbs/30_statistics.ipynb #7882fdfb
 class PairedDifference(NamedTuple):
-    "Mean of the differences over seeds, in percentage points, its t interval, and what it was made of"
+    "Mean of the differences over seeds, in percentage points, with its t interval and the differences themselves"
     mean: float # mean of ours − baseline
-    low: float # lower end of the confidence interval; NaN where all differences are equal
+    low: float # lower end of the confidence interval; NaN if all differences are equal
     high: float # upper end
     n: int # number of pairs
     differences: pd.Series # seed → ours − baseline
@@ -32,7 +32,7 @@ class PairedDifference(NamedTuple):
 
 # %% ../nbs/30_statistics.ipynb #31e3f0fc
 def _accuracies(values, name):
-    "`values` as a float Series seed → accuracy in percent; raises on anything else"
+    "`values` as a float Series seed → accuracy in percent; TypeError or ValueError for anything else"
     if not isinstance(values, (Mapping, pd.Series)):
         raise TypeError(f"{name} must be a mapping or a pandas Series from seed to accuracy in percent, got "
                         f"{type(values).__name__}")
@@ -59,9 +59,9 @@ def mean_difference(
     differences: pd.Series, # seed → ours − baseline, of any quantity; at least 2
     confidence: float = 0.95, # confidence level of the interval
 ) -> PairedDifference:
-    "Mean of paired differences with its t interval and the two-sided t test; p = 1 and no interval where all are equal"
+    "Mean of paired differences, its t interval and two-sided t test; if all are equal, p = 1 and the interval is NaN"
     mean, n = float(differences.mean()), len(differences)
-    if np.ptp(differences) < 1e-9: # equal up to rounding: an image in 10,000 is 0.01
+    if np.ptp(differences) < 1e-9: # equal up to rounding; one image in 10,000 would be 0.01
         return PairedDifference(mean, np.nan, np.nan, n, differences, 1.)
     test = stats.ttest_1samp(differences, 0)
     low, high = map(float, test.confidence_interval(confidence))
@@ -72,7 +72,7 @@ def paired_difference(
     baseline: Mapping | pd.Series, # the same for the baseline
     confidence: float = 0.95, # confidence level of the interval
 ) -> PairedDifference:
-    "`mean_difference` of ours − baseline over the seeds that both have; ValueError with fewer than two of them"
+    "`mean_difference` of ours − baseline over the seeds that both have. ValueError if these are fewer than two"
     check_fraction(confidence, "confidence")
     ours, baseline = _accuracies(ours, "ours"), _accuracies(baseline, "baseline")
     both = ours.index.intersection(baseline.index).sort_values()
@@ -90,18 +90,18 @@ class SignFlip(NamedTuple):
     p: float # two-sided p-value
     minimum_p: float # the smallest p-value that this many differences can reach
     n: int # number of differences
-    exact: bool # all 2^n sign patterns were counted, rather than a random sample of them
+    exact: bool # True: all 2^n sign patterns were counted; False: a random sample of them
 
 def sign_flip_test(
     differences: ArrayLike, # n differences, one per seed
 ) -> SignFlip:
-    """Two-sided sign-flip test of the mean: exact up to 20 differences, by scipy's `permutation_test` on 100,000
-    random patterns beyond"""
+    """Two-sided sign-flip test of the mean: exact for up to 20 differences, for more with 100,000 random patterns
+    of scipy's `permutation_test`"""
     d = np.asarray(differences, dtype=float)
     if d.ndim != 1 or len(d) == 0:
         raise ValueError(f"differences must be a non-empty list of numbers, got shape {d.shape}")
     if not np.isfinite(d).all(): raise ValueError("differences must be finite, got NaN or infinity")
-    n, d = len(d), d.round(9) # what differs by floating point alone is a tie
+    n, d = len(d), d.round(9) # differences due to floating point count as ties
     if n > 20:
         def mean(x, axis): return x.mean(axis)
         test = stats.permutation_test((d,), mean, permutation_type='samples', n_resamples=99_999, batch=5_000, rng=0)
@@ -139,8 +139,8 @@ def _check_test(sd, power, alpha):
     check_fraction(power, "power")
     check_fraction(alpha, "alpha")
     if power <= alpha:
-        raise ValueError(f"power must exceed alpha, got power={power!r} and alpha={alpha!r}: without any difference "
-                         "the test rejects that often")
+        raise ValueError(f"power must exceed alpha, got power={power!r} and alpha={alpha!r}: the test "
+                         "rejects with probability alpha even if there is no difference")
     if not (np.isfinite(sd) and sd >= 0): raise ValueError(f"sd must be finite and not negative, got {sd!r}")
 
 def smallest_detectable(
@@ -195,9 +195,8 @@ def paired_images(
     check_fraction(confidence, "confidence")
     a, b = np.asarray(correct_ours), np.asarray(correct_baseline)
     if a.ndim != 1 or a.shape != b.shape or not len(a):
-        raise ValueError(f"expected two vectors of one value per image, for the same images, got shapes {a.shape} and "
-                         f"{b.shape}; "
-                         "compare one pair of networks at a time")
+        raise ValueError("expected two vectors with one value per image, for the same images, got shapes "
+                         f"{a.shape} and {b.shape}: compare one pair of networks at a time")
     for o in (a, b):
         odd = o[~np.isin(o, (0, 1))]
         if len(odd):
@@ -214,7 +213,7 @@ def paired_images(
 _MOVED = {'judgement_rule', 'judge', 'PaperResult', 'PAPER', 'paper_table', 'paper_claims', 'seed_pairs', 'compare'}
 
 def __getattr__(name):
-    "What moved to `gini_loss.paper`, for one release"
+    "Names that moved to `gini_loss.paper`: they work here for one more release, with a warning"
     if name not in _MOVED: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import warnings
     from gini_loss import paper

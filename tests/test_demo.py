@@ -1,5 +1,5 @@
 "The command gini_demo, end to end: results, files, messages, exit codes"
-import os, signal, struct, subprocess, sys, time, zlib
+import io, os, signal, struct, subprocess, sys, time, zlib
 import numpy as np
 import pytest, torch
 for name in ('fastai', 'sklearn', 'matplotlib', 'pandas', 'safetensors'):
@@ -12,13 +12,6 @@ from gini_loss.models import load_network
 
 TINY = dict(quick=True, width=2, device='cpu')
 ARGS = '--quick --width 2 --device cpu'.split()
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 @pytest.fixture(scope='module')
 def pictures(tmp_path_factory):
@@ -214,10 +207,12 @@ def test_networks_can_be_left_out(tmp_path):
     ('--classes 11', 'from 2 to 10'),
     ('--classes 1', 'from 2 to 10'),
     ('--classes 3,3', 'two different names'),
-    ('--per-class 0', 'per_class must be an integer of at least 1'),
+    ('--per-class 0', 'argument --per-class: expected a whole number from 1'),
     ('--size 16', 'size is for the images of a folder'),
     ('--epochs 0', 'epochs must be'),
-    ('--epochs 1.5', 'invalid int value'),
+    ('--epochs 1.5', "epochs='1.5': expected int"),
+    ('--lr fast', "lr='fast': expected float"),
+    ('--width wide', "width='wide': expected int"),
     ('--start-epoch 12', 'would never take part'),
     ('--start-epoch -1', 'start_epoch must be'),
     ('--batch-size 1', 'batch_size must be'),
@@ -227,9 +222,9 @@ def test_networks_can_be_left_out(tmp_path):
     ('--lambda-gini -1', 'lambda_gini must be finite and not negative'),
     ('--lambda-kl inf', 'lambda_kl must be finite and not negative'),
     ('--seed -1', 'seed must be'),
-    ('--seeds 0', 'seeds must be'),
+    ('--seeds 0', 'argument --seeds: expected a whole number from 1'),
     ('--width 0', 'width must be'),
-    ('--threads 0', 'threads must be'),
+    ('--threads 0', 'argument --threads: expected a whole number from 1'),
     ('--layer layer5', "did you mean 'layer4'"),
     ('--layer layer1.0.relu', 'ran 2 times'),
     ('--device nonsense', 'cannot be used'),
@@ -416,15 +411,16 @@ def test_ctrl_c_in_training(tmp_path):
     assert p.returncode == 130 and 'interrupted' in err and 'Traceback' not in err
     assert not list(tmp_path.iterdir())
 
-def test_progress_bar_on_a_terminal_only(monkeypatch):
-    import io
+def test_progress_bar_on_a_terminal_only(tiny, tmp_path, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self): return True
-    plain, terminal = io.StringIO(), Terminal()
-    for stream in (plain, terminal):
-        bar = demo._Bar(stream)
-        bar.last = -1.
-        bar(1, 4, 'cross-entropy', 0); bar(4, 4, 'cross-entropy', 0); bar.clear()
+    def run(self, progress, report):
+        for done in (1, 4): progress(done, 4, 'cross-entropy', 0)
+        return tiny
+    monkeypatch.setattr(Demo, 'run', run)
+    for stream in (plain := io.StringIO(), terminal := Terminal()):
+        monkeypatch.setattr(sys, 'stderr', stream)
+        assert main([*ARGS, '--no-networks', '--out', str(tmp_path/type(stream).__name__)]) == 0
     assert plain.getvalue() == ''
     assert ' 25%' in terminal.getvalue() and '100%' in terminal.getvalue() and 'left' in terminal.getvalue()
 

@@ -664,7 +664,7 @@ def test_seeds_without_a_partner_and_missing_values_are_left_out():
     'change, arms, metric, message',
     [
         (lambda r: r, dict(both=dict(loss='both')), 'luck', "no column 'luck'"),
-        (lambda r: r, dict(both=dict(lambda_gini=0.5)), 'test_accuracy', "asks for lambda_gini"),
+        (lambda r: r, dict(both=dict(lambda_gini=0.5)), 'test_accuracy', "has no column lambda_gini"),
         (lambda r: r, dict(both=dict(loss='both')), 'test_accuracy', "several configurations"),
         (lambda r: pd.concat([r, r[-1:]]), dict(heavy=dict(weight=5.0)), 'test_accuracy', "two runs of seed 4"),
     ],
