@@ -18,25 +18,32 @@ _TORCH_WRAPPERS = '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_modu
 _DATA_PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
 
 def _answers_for(wrapper, inner):
-    "Does `wrapper` hand out the parts of `inner` as if they were its own?"
+    "Can the parts of `inner` be reached as attributes of `wrapper`?"
     parts = {**inner._parameters, **inner._modules}
     name = next((n for n in parts if n not in wrapper._modules), None)
     if name is not None: return parts[name] is not None and getattr(wrapper, name, None) is parts[name]
     deeper = _wrapped(inner)                    # a wrapper in a wrapper of the same class
     return deeper is not None and _answers_for(wrapper, deeper[1])
 
-def _wrapped(module):
-    "Name and module that `module` is a wrapper of; None if it is no wrapper"
+def _wrapped_by_torch(module):
+    "As `_wrapped`, for torch's own wrappers"
     if isinstance(module, _DATA_PARALLEL): return 'module', module.module
-    for name in _TORCH_WRAPPERS:
-        if name in module._modules: return name, module._modules[name]
-    if type(module).__getattr__ is nn.Module.__getattr__ or isinstance(module, torch.jit.ScriptModule): return None
-    for name, inner in module._modules.items():
-        if inner is not None and _answers_for(module, inner): return name, inner
-    return None
+    name = next((n for n in _TORCH_WRAPPERS if n in module._modules), None)
+    return None if name is None else (name, module._modules[name])
+
+def _forwards_attributes(module):
+    "Does the class of `module` look attributes up in its own way, as wrappers do?"
+    return type(module).__getattr__ is not nn.Module.__getattr__ and not isinstance(module, torch.jit.ScriptModule)
+
+def _wrapped(module):
+    "Name and module of what `module` wraps; None if it is not a wrapper"
+    found = _wrapped_by_torch(module)
+    if found is not None or not _forwards_attributes(module): return found
+    parts = ((name, m) for name, m in module._modules.items() if m is not None)
+    return next(((name, m) for name, m in parts if _answers_for(module, m)), None)
 
 def _unwrap(model):
-    "The user's own model, inside all wrappers"
+    "The model inside all wrappers"
     while (found := _wrapped(model)) is not None: model = found[1]
     return model
 
@@ -47,7 +54,7 @@ def is_compiled(model: nn.Module) -> bool:
 
 # %% ../nbs/10_tap.ipynb #ed0d8417
 def _named_modules(model):
-    "Dotted names and modules of all parts of `model`, and the set of name parts that its wrappers add"
+    "The modules of `model` by dotted name, and the set of name parts that its wrappers add"
     found, added = {}, {'module', *_TORCH_WRAPPERS}
     def walk(name, module):
         found.setdefault(name, module)          # a wrapper comes before what is in it
@@ -62,7 +69,7 @@ def _named_modules(model):
 
 # %% ../nbs/10_tap.ipynb #4451c69d
 def _spellings(name, added):
-    "`name`, then `name` without what wrappers add in front of it, then without what they add anywhere"
+    "`name`; then without the parts that wrappers add in front of it; then without those that they add anywhere"
     yield name
     parts = name.split('.')
     for k, part in enumerate(parts):
@@ -81,7 +88,7 @@ def _find_name(layer, names, added, kind):
                      " `[n for n, _ in model.named_modules()]` lists all")
 
 def _find_module(layer, modules, kind):
-    "The name of the module `layer`, or of the wrapper that it is in"
+    "The name of the module `layer`, or of the wrapper around it"
     for name, m in modules.items():
         if m is layer or _unwrap(m) is _unwrap(layer): return name
     raise ValueError(f"the given {type(layer).__name__} is not part of this {kind}:"
@@ -90,25 +97,27 @@ def _find_module(layer, modules, kind):
 # %% ../nbs/10_tap.ipynb #2abf6394
 def _check_model(model):
     if isinstance(model, torch.export.ExportedProgram):
-        raise TypeError("an ExportedProgram calls no hooks: pass the nn.Module that it was exported from")
+        raise TypeError("an ExportedProgram never calls forward hooks: pass the nn.Module that it was exported from")
     if not isinstance(model, nn.Module): raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if isinstance(_unwrap(model), torch.jit.ScriptModule):
         raise TypeError("this model was made by torch.jit.script or torch.jit.trace, and its compiled code"
-                        " calls no hooks: pass the model that it was made from")
+                        " never calls forward hooks: pass the model that it was made from")
 
 def _check_calls(name, modules):
-    "Raise if `name` lies in a part of the model that runs as compiled code, or as a graph that does not call it"
+    "Raise if `name` is in a part of the model that runs as compiled code, or as a graph that does not call it"
     parts = name.split('.')
     for k in range(len(parts) + 1):
         around, inside = _unwrap(modules['.'.join(parts[:k])]), '.'.join(parts[k:])
         if isinstance(around, torch.jit.ScriptModule):
             raise TypeError(f"layer {name!r} is in a part made by torch.jit.script or torch.jit.trace, whose compiled"
-                            " code calls no hooks: tap a layer before that part, or the model that it was made from")
+                            " code never calls forward hooks: tap a layer before that part, or the model that it was"
+                            " made from")
         if not inside or not isinstance(around, torch.fx.GraphModule): continue
         called = [n.target for n in around.graph.nodes if n.op == 'call_module']
         if any(inside == t or inside.startswith(t + '.') for t in called): continue
-        raise TypeError(f"layer {name!r} is in a GraphModule, as torch.export and torch.fx make it, which does not call"
-                        f" it as a module (it calls {called or 'none'}): tap the model that it was made from")
+        raise TypeError(f"layer {name!r} is in a GraphModule, as torch.export and torch.fx make it, and that graph does"
+                        f" not call it as a module (it calls {', '.join(called) or 'none'}): tap the model that the"
+                        " graph was made from")
 
 # %% ../nbs/10_tap.ipynb #ba4b6d6c
 def find_layer(
@@ -116,14 +125,14 @@ def find_layer(
     # dotted name as in `model.named_modules()`, or the module itself; None: `last_stage(model)`
     layer: str | nn.Module | None = None,
 ) -> tuple[str, nn.Module]:
-    "Dotted name and module of a layer. Raises `ValueError` with the nearest names if there is none"
+    "Dotted name and module of a layer. Raises `ValueError` with the most similar names if there is none"
     _check_model(model)
     modules, added = _named_modules(model)
     kind = type(_unwrap(model)).__name__
     if layer is None: layer = last_stage(model)
     if isinstance(layer, nn.Module): name = _find_module(layer, modules, kind)
     elif isinstance(layer, str): name = _find_name(layer, modules, added, kind)
-    else: raise TypeError(f"a layer is a dotted name, a module or None, got {type(layer).__name__}")
+    else: raise TypeError(f"layer must be a dotted name, a module or None, got {type(layer).__name__}")
     _check_calls(name, modules)
     return name, modules[name]
 
@@ -136,7 +145,7 @@ def _has_parameters(module): return next(module.parameters(), None) is not None
 def _has_own_parameters(module): return next(module.parameters(recurse=False), None) is not None
 
 def _is_head(name, module, inside=False):
-    "Is this (part of) a classifier: pooling, flatten, dropout, linear, a container of these, or what is called one?"
+    "Is this (part of) a classifier: pooling, flatten, dropout, linear, a container of these, or named like one?"
     kind = type(module).__name__
     if isinstance(module, nn.Sequential) and len(module):
         if all(_is_head(n, m, inside=True) for n, m in module.named_children()): return True
@@ -153,7 +162,7 @@ def _ends_in_linear(module):
 _LISTS = nn.Sequential, nn.ModuleList
 
 def _children(model):
-    "Name and module of each part, without wrappers. Auxiliary classifiers run in training only and are left out"
+    "Name and module of each part, without wrappers, and without auxiliary classifiers, which run in training only"
     return [(name, _unwrap(m)) for name, m in model.named_children() if not name.startswith('aux')]
 
 def _last_of(name, module):
@@ -162,7 +171,7 @@ def _last_of(name, module):
     return _last_of(f'{name}.{len(module)-1}', _unwrap(module[-1]))
 
 def _within(model, name, module):
-    "`name`, or, if the classifier must be inside it, what comes before the classifier there ('': nothing does)"
+    "`name`; or, if the classifier must be inside it, the part before the classifier there ('' if there is none)"
     alone = sum(_has_parameters(m) for _, m in _children(model)) == 1 and not _has_own_parameters(model)
     if not _ends_in_linear(module) or not (alone or isinstance(module, _LISTS)): return _last_of(name, module)
     inner = _before_classifier(module)
@@ -194,18 +203,22 @@ def _listed_by_timm(model):
 
 def _called_a_stage(model):
     if isinstance(model, _LISTS) or _of_transformers(model): return None
-    children = _children(model)
-    for name in _STAGES:
-        at = next((i for i, (n, _) in enumerate(children) if n == name), None)
-        if at is None: continue
-        stage = children.pop(at)[1]
-        followed = any(_has_parameters(m) and (i >= at or _is_head(n, m)) for i, (n, m) in enumerate(children))
-        return _last_of(name, stage) if followed else _within(model, name, stage)
-    return None
+    children = dict(_children(model))
+    name = next((n for n in _STAGES if n in children), None)
+    if name is None: return None
+    if _has_classifier_outside(name, children): return _last_of(name, children[name])
+    return _within(model, name, children[name])
+
+def _has_classifier_outside(stage, children):
+    "Does a part with parameters follow `stage`, or is one before it that is called a classifier?"
+    names = list(children)
+    behind = names[names.index(stage) + 1:]
+    others = [n for n in names if n != stage and _has_parameters(children[n])]
+    return any(n in behind or _is_head(n, children[n]) for n in others)
 
 # %% ../nbs/10_tap.ipynb #3348a8d2
 def _is_squashing(parts):
-    "Is the last part a sigmoid or the like, behind a classifier?"
+    "Is the last part a sigmoid or the like, after a classifier?"
     return len(parts) > 1 and not _has_parameters(parts[-1][1]) and _ends_in_linear(parts[-2][1])
 
 def _in_front_of_the_head(model):
@@ -225,7 +238,7 @@ def _last_but_one(model):
 _FINDERS = _named_by_model, _listed_by_timm, _called_a_stage, _in_front_of_the_head, _last_but_one
 
 def _before_classifier(model):
-    "Dotted name, from `model` on, of what comes before its classifier; empty if that cannot be told"
+    "Dotted name, relative to `model`, of the part before its classifier; empty if none was found"
     model = _unwrap(model)
     for find in _FINDERS:
         name = find(model)
@@ -236,31 +249,31 @@ def _before_classifier(model):
 def last_stage(
     model: nn.Module, # the network, in any wrapper (`torch.compile`, data parallelism, FSDP, Fabric, PEFT, Opacus)
 ) -> str:
-    """Dotted name of the layer that the loss is put on by default: `model.tap`, or the last stage before the
-    classifier. Raises `ValueError` if that cannot be told"""
+    """Dotted name of the layer that the loss uses by default: `model.tap`, or the last stage before the classifier.
+    Raises `ValueError` if there is no such layer"""
     name = _before_classifier(model)
     if name: return name
     kind = type(_unwrap(model)).__name__
-    raise ValueError(f"cannot tell which layer of this {kind} comes before the classifier: name one, `layer='...'`")
+    raise ValueError(f"cannot tell which layer of this {kind} comes before the classifier: name one, layer='...'")
 
 # %% ../nbs/10_tap.ipynb #38b5b926
-def _width(m, into):
-    "How many channels `m` takes in or gives out, and whether they are dimension 1 for sure; None if it does not tell"
-    if isinstance(m, nn.modules.conv._ConvNd): return (m.in_channels if into else m.out_channels), True
+def _width(m, expected):
+    "Number of channels that `m` expects or returns, and whether they must be dimension 1; None if `m` has none"
+    if isinstance(m, nn.modules.conv._ConvNd): return (m.in_channels if expected else m.out_channels), True
     if isinstance(m, nn.GroupNorm): return m.num_channels, True
     if isinstance(m, nn.modules.batchnorm._NormBase): return m.num_features, True
-    if isinstance(m, nn.Linear): return (m.in_features if into else m.out_features), False
+    if isinstance(m, nn.Linear): return (m.in_features if expected else m.out_features), False
     shape = getattr(m, 'normalized_shape', None)                      # LayerNorm, RMSNorm
     return (shape[0], False) if isinstance(shape, tuple) and len(shape) == 1 else None
 
 def _widths(model):
-    "All widths in the model: first those of layers that know their dimension, then those nearest the classifier"
+    "All widths in the model: first those of layers with a fixed channel dimension, then those nearest the classifier"
     layers = list(_unwrap(model).modules())[::-1]
-    known = [_width(m, into) for into in (True, False) for m in layers]
+    known = [_width(m, expected) for expected in (True, False) for m in layers]
     return sorted((w for w in known if w), key=lambda w: not w[1])
 
 def _widths_around(model, layer):
-    "The widths inside a layer, then before it, nearest first, then behind it"
+    "The widths inside a layer, then before it, nearest first, then after it"
     layers, module = list(_unwrap(model).modules()), _unwrap(find_layer(model, layer)[1])
     inside = list(module.modules())
     at = next((i for i, m in enumerate(layers) if m is module), len(layers))
@@ -272,14 +285,14 @@ def _widths_around(model, layer):
 def find_channel_dim(
     model: nn.Module, # the network the activations come from
     A: torch.Tensor, # activations of one of its layers, batch first
-    layer: str | nn.Module | None = None, # the layer that `A` is the output of; None: not known, all layers are asked
-    guess: bool = True, # if no layer tells: guess 1 for maps and -1 for tokens; False: return None
+    layer: str | nn.Module | None = None, # the layer that returned `A`; None: unknown, use all layers
+    guess: bool = True, # if no layer decides: guess 1 for maps and -1 for tokens; False: return None
 ) -> int | None:
-    "Dimension of `A` that holds the channels: its size fits the layers of the model, those near `layer` first"
+    "Dimension of `A` that holds the channels: the one whose size fits the model's layers, those near `layer` first"
     if A.ndim == 2: return 1
     usual = (-1, 1) if A.ndim == 3 else (1, -1)
-    for width, first in _widths(model) if layer is None else _widths_around(model, layer):
-        for d in (1,) if first else usual:
+    for width, fixed in _widths(model) if layer is None else _widths_around(model, layer):
+        for d in (1,) if fixed else usual:
             if A.shape[d] == width: return d
     return usual[0] if guess else None
 
@@ -292,7 +305,7 @@ class _Failed:
     def __init__(self, error): self.error = error
 
 class _Recorder:
-    "The forward hook: keeps what `select` picks from the latest output, and counts the runs with a gradient"
+    "The forward hook: keeps what `select` picks from the latest output, and counts the calls with gradients on"
     def __init__(self, select):
         self.select, self.thread, self.elsewhere = select, None, False
         self.clear()
@@ -311,12 +324,12 @@ class _Recorder:
         self.last = self.copied(output) if compiling else self.watched(output)
 
     def copied(self, output):
-        "For a graph, in which work in place behind the layer cannot be seen"
+        "A copy, for a compiled graph, in which later in-place changes cannot be detected"
         if self.select is not None: output = self.select(output)
         return tree_map_only(torch.Tensor, torch.clone, output), []
 
     def watched(self, output):
-        "What was picked, and for each tensor in it how often it was changed so far"
+        "What was picked, and the version of each tensor in it, which PyTorch raises with every in-place change"
         try: picked = output if self.select is None else self.select(output)
         except Exception as e: return _Failed(e), []
         tensors = [t for t in tree_leaves(picked) if isinstance(t, torch.Tensor) and not t.is_inference()]
@@ -347,16 +360,16 @@ def _not_a_tensor(name, output, selected):
 _CHOSEN = ". The layer was chosen as the last stage before the classifier: name another one, layer='...'"
 
 def _did_not_run(name, guessed):
-    return (f"layer {name!r} did not run since the tap was last emptied: is the tap attached, and does the model's"
-            " forward use this layer? A compiled model calls only hooks that were there when its code was compiled:"
-            " attach the tap before its first call, and before that call torch._dynamo.reset() if a model of the same"
-            " classes was compiled without a tap"
+    return (f"layer {name!r} did not run since the tap was last emptied: attach the tap, and check that the model's"
+            " forward uses this layer. A compiled model ignores hooks that are added later: attach the tap before its"
+            " first call, and call torch._dynamo.reset() before that if a model of the same class was compiled without"
+            " a tap"
             + (_CHOSEN if guessed else ''))
 
 # %% ../nbs/10_tap.ipynb #0a8f235d
 class FeatureTap:
     """Context manager that keeps the activations of one layer, with their gradient, for use in a training loop.
-    A tap belongs to the thread that attached it: it does not see what others run, and `pop` raises in another"""
+    A tap belongs to the thread that attached it: it ignores forward passes in other threads, and `pop` raises there"""
     def __init__(self,
         model: nn.Module, # the network
         layer: str | nn.Module | None = None, # dotted name or module; None: `last_stage(model)`
@@ -370,7 +383,7 @@ class FeatureTap:
         self._hint = layer is None and not is_compiled(model)
 
     def attach(self) -> 'FeatureTap':
-        "Start listening; does nothing if it does already. A tap that nobody holds any more stops by itself"
+        "Add the hook, unless it is there already. It is removed when the tap is detached or deleted"
         if self._remove is not None: return self
         handle = self.module.register_forward_hook(self._recorder)
         self._recorder.thread, self._recorder.elsewhere = threading.get_ident(), False
@@ -380,14 +393,14 @@ class FeatureTap:
         return self
 
     def detach(self) -> None:
-        "Stop listening, leave the model as it was, and let go of the activations"
+        "Remove the hook and drop the activations"
         if self._remove is not None: self._remove()
         self._remove = None
         self._recorder.thread = None
         self._recorder.clear()
 
     def clear(self) -> None:
-        "Let go of the activations; the next forward pass starts afresh"
+        "Drop the activations and the count of runs"
         self._recorder.clear()
 
     def __getstate__(self): return {**self.__dict__, '_recorder': None, '_remove': None}  # a copy starts detached
@@ -404,34 +417,39 @@ class FeatureTap:
 
     @property
     def activations(self) -> torch.Tensor:
-        "The layer's latest activations, which the tap goes on holding. Raises `RuntimeError` if it has none"
-        r = self._recorder
-        last, here = r.last, r.thread in (None, threading.get_ident())
-        if not here or last is None and r.elsewhere:
-            raise RuntimeError(f"layer {self.name!r} ran, or was asked for, in another thread than the one that"
-                               " attached the tap: attach a tap in each thread that runs the model")
-        if last is None: raise RuntimeError(_did_not_run(self.name, self._hint))
-        A, versions = last
+        "The layer's latest activations, which the tap keeps. Raises `RuntimeError` if it has none"
+        self._check_ran_here()
+        A, versions = self._recorder.last
         if any(t._version != version for t, version in versions):
-            raise RuntimeError(f"the output of layer {self.name!r} was changed in place by what follows it: tap the"
-                               " module behind it instead (often an nn.ReLU), set inplace=False there, or tap a layer"
-                               " before it")
+            raise RuntimeError(f"the output of layer {self.name!r} was changed in place by the module after it: tap"
+                               " that module instead (often an nn.ReLU), set inplace=False there, or tap an earlier"
+                               " layer")
         if isinstance(A, _Failed): raise A.error
         if not isinstance(A, torch.Tensor): raise _not_a_tensor(self.name, A, self.select is not None)
         return A
 
+    def _check_ran_here(self):
+        "Raise unless the layer ran, in the thread that attached the tap and reads it now"
+        r = self._recorder
+        another = r.thread not in (None, threading.get_ident())
+        if another or r.last is None and r.elsewhere:
+            raise RuntimeError(f"layer {self.name!r} ran, or its activations were read, in another thread than the one"
+                               " that attached the tap: attach a tap in each thread that runs the model")
+        if r.last is None: raise RuntimeError(_did_not_run(self.name, self._hint))
+
     def pop(self) -> torch.Tensor:
-        """The activations of this step, and empty the tap.
+        """Return the activations of this step and empty the tap.
         Raises `RuntimeError` unless the layer ran exactly once, with gradients on"""
         r = self._recorder
         try:
             A, calls = self.activations, r.calls
             if torch.is_grad_enabled() and calls == 0:
-                raise RuntimeError(f"layer {self.name!r} ran without gradients: reentrant checkpointing does that"
-                                   " (use_reentrant=False does not), and so does a forward pass under torch.no_grad()")
+                raise RuntimeError(f"layer {self.name!r} ran without gradients: reentrant checkpointing and"
+                                   " torch.no_grad() switch them off; use use_reentrant=False, and run the forward pass"
+                                   " outside torch.no_grad()")
             if calls > 1:
-                raise RuntimeError(f"layer {self.name!r} ran {calls} times since the last pop(): a tap holds one output"
-                                   " a step; tap a layer that runs once, call pop() after each run, or clear() before"
-                                   " the forward pass")
+                raise RuntimeError(f"layer {self.name!r} ran {calls} times since the last pop(), and a tap keeps one"
+                                   " output: tap a layer that runs once in a step, call pop() after each run, or"
+                                   " clear() before the forward pass")
         finally: r.clear()
         return A

@@ -412,7 +412,7 @@ def test_labels_of_fastai_s_data_sets():
 def test_labels_that_only_images_tell_are_asked_for():
     with pytest.raises(
         ValueError,
-        match="this Reads does not tell them without reading its images: pass the number of images of each class",
+        match="a Reads does not keep them apart from its images: pass the number of images of each class",
     ):
         labels_of(Reads())
 
