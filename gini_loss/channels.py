@@ -72,7 +72,7 @@ def channels_of(
 def name_channels(
     probs: torch.Tensor, # class probabilities of each channel (c, n)
     classes: Sequence[str], # names of the n classes
-    most: int = 3, # a channel that needs more classes than this to pass one half is called 'mixed'
+    most: int = 3, # a channel that needs more classes than this to exceed one half is called 'mixed'
 ) -> list[str]: # a name for each channel
     "What each channel stands for: the fewest classes that get more than half of its activation, joined by ' + '"
     P = _check_probs(probs)
@@ -103,15 +103,15 @@ def _along(dim, ndim):
     return [-1 if d == dim % ndim else 1 for d in range(ndim)]
 
 def _uncompiled(model):
-    "Context in which the compiled parts of `model` run uncompiled, since compiled code ignores hooks that came later"
+    "Context in which the compiled parts of `model` run uncompiled: compiled code ignores hooks that are added later"
     compiled = any(isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl for m in model.modules())
     return torch.compiler.set_stance('force_eager') if compiled else nullcontext()
 
-def _no_hook(module, *args): "What a copy or a pickle of the model holds in place of a hook of `ablate`"
+def _no_hook(module, *args): "Replaces a hook of `ablate` in a copy or a pickle of the model"
 def _make_no_hook(): return _no_hook
 
 class _Hook:
-    "A hook that counts its calls, and that copies and pickles of the model do not take with them"
+    "A hook that counts its calls, and that copies and pickles of the model leave out"
     calls = 0
     def __call__(self, module, *args): self.calls += 1
     def __deepcopy__(self, memo): return _no_hook
@@ -160,13 +160,13 @@ def ablate(
     channels: int | Iterable[int] | torch.Tensor, # numbers of the channels to silence, or a bool mask (c,)
     layer: str | nn.Module | None = None, # dotted name or module; None: the last stage before the classifier
 ) -> Iterator[nn.Module]:
-    "Context manager: inside, `channels` of `layer` give zero; afterwards the model is as it was. Blocks can be nested"
+    "Context manager that sets `channels` of `layer` to zero inside the block; the model is restored. Can be nested"
     numbers = _channel_numbers(channels)
     name, module = find_layer(model, layer)
     silence, passes, handles = _Silencer(model, name, numbers), _Hook(), []
     try:
         handles.append(model.register_forward_pre_hook(passes))
-        # first in the row of hooks, so that whatever looks at the layer sees it silenced
+        # before all other hooks, so that they see the silenced output
         handles.append(module.register_forward_hook(silence, prepend=True))
         with _uncompiled(model): yield model
     finally:
@@ -180,12 +180,12 @@ def ablate(
 def evaluating(
     model: nn.Module, # the network
 ) -> Iterator[nn.Module]:
-    "Context manager: evaluation mode inside, afterwards each module's own mode again, frozen BatchNorm included"
+    "Context manager: evaluation mode inside; afterwards each module's own mode again, also that of frozen BatchNorm"
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try: yield model
     finally:
-        for m, training in modes: m.train(training)     # parents come before their children and change them
+        for m, training in modes: m.train(training)     # parents first, since they change their children
 
 # %% ../nbs/42_channels.ipynb #0d6ffa12
 class Explanation(NamedTuple):
@@ -197,9 +197,9 @@ class Explanation(NamedTuple):
     share: torch.Tensor # the same, as a share of all positive evidence (m, k)
     stands_for: torch.Tensor # the class that each of them prefers (m, k); -1 for a dead channel
     purity: torch.Tensor # the share of its activation that this class gets (m, k)
-    maps: torch.Tensor # their activations (m, k, ...): maps (h, w), tokens, or nothing more
+    maps: torch.Tensor # their activations (m, k, ...): maps (h, w), tokens, or single numbers
     own_share: torch.Tensor # share of the positive evidence that comes from channels of the explained class (m,)
-    rest: torch.Tensor # the logit less the evidence of all channels (m,): bias, and what is not linear
+    rest: torch.Tensor # the logit minus the evidence of all channels (m,): the bias and the nonlinear part
 
     def in_words(self,
         classes: Sequence[str] | None = None, # class names; None: numbers
@@ -216,14 +216,14 @@ class Explanation(NamedTuple):
 
 # %% ../nbs/42_channels.ipynb #1833625c
 class _Capture:
-    "The forward hook of `explain`: cuts the graph at the layer and keeps what left it"
+    "The forward hook of `explain`: cuts the graph at the layer and keeps its output"
     def __init__(self, name): self.name, self.A = name, None
     def __call__(self, module, args, output):
         if self.A is not None:
             raise RuntimeError(f"layer {self.name!r} runs more than once in a forward pass: name one that runs once")
         A, put = _activations(output, self.name)
         self.A = A.detach().clone().requires_grad_()
-        return put(self.A.clone())          # a copy: what follows may change it in place
+        return put(self.A.clone())          # a copy: later layers may change it in place
 
 def _to(x, device):
     "`x`, a tensor or a dictionary of them, on `device`"
@@ -299,7 +299,7 @@ def explain(
     k: int = 5, # how many channels to name for each input
     target: int | torch.Tensor | None = None, # the class to explain, or one for each input; None: the predicted one
 ) -> Explanation:
-    "Which channels carried each prediction, by how much, and for which class each of them stands"
+    "The channels that carried each prediction, how much each contributed, and the class it stands for"
     P = _check_probs(probs).cpu()
     k = _check_integer(k, "k", 1)
     A, evidence, explained, logit, n = _evidence(model, x, layer, target)
@@ -325,7 +325,7 @@ def layer_batches(
     rectify: str = 'abs', # what to do with activations below zero, as in `GiniKLLoss`
     channel_dim: int | None = None, # the dimension that holds the channels; None: found with `find_channel_dim`
 ) -> Iterator[tuple[Any, Any, Any, torch.Tensor]]: # of each batch: inputs, labels or None, the model's output, M (m, c)
-    "Run `dl` through `model` in evaluation mode, and give the pooled activations M of a layer, on the CPU"
+    "Run `dl` through `model` in evaluation mode, and yield the pooled activations M of a layer, on the CPU"
     device, (name, module) = _device_of(model), find_layer(model, layer)
     def select(output): return _activations(output, name)[0]
     with evaluating(model), _uncompiled(model), FeatureTap(model, module, select) as tap:
@@ -345,13 +345,13 @@ class StrongestImages(NamedTuple):
     "For each of j channels, the k images that excite it most; see `strongest_images`"
     channels: torch.Tensor # the channels (j,)
     strength: torch.Tensor # mean activation of the channel in each image (j, k), the strongest first
-    indices: torch.Tensor # which images these are (j, k), counted in the order in which they came
-    labels: torch.Tensor # their labels (j, k); -1 where no labels came with them
+    indices: torch.Tensor # numbers of these images (j, k), in the order of the batches
+    labels: torch.Tensor # their labels (j, k); -1 if the batches have none
     images: torch.Tensor # the images themselves (j, k, ...)
 
 def strongest_images(
     model: nn.Module, # the network
-    dl: Iterable, # batches of images, or (images, labels); in the order in which you want them counted
+    dl: Iterable, # batches of images, or (images, labels); `indices` counts in this order
     channels: int | Iterable[int] | torch.Tensor, # the channels to look at
     layer: str | nn.Module | None = None, # dotted name or module; None: the last stage before the classifier
     k: int = 4, # how many images to keep for each channel
@@ -394,7 +394,7 @@ def _square(map_):
     return map_[None]
 
 def _show(ax, image, *lines):
-    "Draw an image under a title, whose lines are cut to the width of the image"
+    "Draw an image with a title whose lines are cut to the width of the image"
     ax.imshow(_pixels(image), cmap='gray')
     short = [line if len(line) <= 16 else line[:15] + '…' for line in lines]
     ax.set_title('\n'.join(short).replace('$', r'\$'), fontsize=10, loc='left')

@@ -11,9 +11,9 @@ from importlib.util import find_spec
 # %% ../nbs/00_install.ipynb #install06
 def need_extra(
     extra: str, # the extra that brings the packages, as in `pip install 'gini_loss[fastai]'`
-    *packages: str, # their names as they are imported; without any, the name of the extra
+    *packages: str, # the names to import; none: the name of the extra
 ) -> None:
-    "Raise a `ModuleNotFoundError` with the command that installs `extra` if one of its packages is missing"
+    "Raise ModuleNotFoundError, with the command that installs `extra`, if one of its packages is missing"
     missing = [name for name in packages or (extra,) if find_spec(name) is None]
     if not missing: return
     names, verb = " and ".join(missing), "is" if len(missing) == 1 else "are"
