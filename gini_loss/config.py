@@ -16,7 +16,7 @@ import math
 import types
 import typing
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from hashlib import sha256
 from typing import Any
 
@@ -98,17 +98,15 @@ class Config:
         from gini_loss.datasets import CALTECH12 # here: it imports fastai, for which a command's --help need not wait
         return tuple(CALTECH12) if self.classes == 'caltech12' else tuple(sorted(set(self.classes.split('+'))))
 
-    @property
-    def canonical(self) -> str:
-        "JSON of the fields that are not at their default: the text that is hashed"
+    def _hashed_text(self, without=()):
+        "JSON of the fields that are not at their default"
         # A new field does not change the hashes of old runs, as long as its default means what the code did before
-        default = {f.name: f.default for f in fields(self)}
         always = 'arch', 'loss', 'seed'
-        return json.dumps({k: v for k, v in asdict(self).items() if v != default[k] or k in always}, sort_keys=True)
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in without}
+        changed = {k: v for k, v in kept.items() if v != getattr(Config, k) or k in always}
+        return json.dumps(changed, sort_keys=True)
 
-    def _hash(self, without=()):
-        kept = {k: v for k, v in json.loads(self.canonical).items() if k not in without}
-        return sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+    def _hash(self, without=()): return sha256(self._hashed_text(without).encode()).hexdigest()[:8]
 
     @property
     def run_hash(self) -> str: return self._hash()

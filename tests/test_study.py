@@ -9,14 +9,7 @@ warnings.filterwarnings('ignore', category=FutureWarning)
 from gini_loss import study as module
 from gini_loss.study import Study, list_studies, load_study, main, run_study, study_state
 from gini_loss.train import RunLock, recipe
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from processes import finish, import_engine, run_study_until, start
 
 
 def tiny(*seeds):
@@ -29,6 +22,19 @@ def tiny(*seeds):
 
 def folders(tmp_path):
     return dict(results=str(tmp_path / 'results'), checkpoints=str(tmp_path / 'checkpoints'))
+
+
+def command(folder, runs, *options):
+    "Arguments of `gini_study` for a study of these lines, which is written to the folder"
+    path = folder / 'small.ini'
+    path.write_text('\n'.join(['[runs]', 'preset = test', 'train_per_class = 4', *runs]))
+    return [str(path), '--results', str(folder / 'r'), '--checkpoints', str(folder / 'c'), '--device', 'cpu', *options]
+
+
+def run_command(start, args, **options):
+    "Run the command in a new interpreter that begins with `start`"
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    return subprocess.run([sys.executable, *start, *args], env=env, capture_output=True, text=True, **options)
 
 
 def test_shipped_studies():
@@ -121,20 +127,8 @@ def test_budget_stops_at_a_checkpoint(tmp_path):
 
 
 def test_absent_data_is_an_error(tmp_path, capsys):
-    assert (
-        main(
-            [
-                'laptop',
-                '--data-root',
-                str(tmp_path / 'no'),
-                '--results',
-                str(tmp_path / 'r'),
-                '--checkpoints',
-                str(tmp_path / 'c'),
-            ]
-        )
-        == 1
-    )
+    where = ['--results', str(tmp_path / 'r'), '--checkpoints', str(tmp_path / 'c')]
+    assert main(['laptop', '--data-root', str(tmp_path / 'no'), *where]) == 1
     assert 'no folder' in capsys.readouterr().err
 
 
@@ -145,31 +139,32 @@ def test_command(tmp_path, capsys):
     assert main(['table2', '--list', '--results', str(tmp_path)]) == 0 and '20 missing' in capsys.readouterr().out
 
 
-def test_workers_share_the_runs(tmp_path):
-    (tmp_path / 'small.ini').write_text(
-        '[runs]\npreset = test\nloss = ce both\nseed = 0-1\nepochs = 2\ntrain_per_class = 4\n'
-    )
-    done = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'gini_loss.study',
-            str(tmp_path / 'small.ini'),
-            '--workers',
-            '2',
-            '--results',
-            str(tmp_path / 'r'),
-            '--checkpoints',
-            str(tmp_path / 'c'),
-            '--device',
-            'cpu',
-        ],
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture(scope='module')
+def shared(tmp_path_factory):
+    "A study of four runs by two workers, begun in a folder of files that have the names of modules"
+    folder = tmp_path_factory.mktemp('shared')
+    here = folder / 'here'
+    (here / 'gini_loss').mkdir(parents=True)
+    for name in ('statistics', 'filelock', 'gini_loss/__init__', 'gini_loss/study'):
+        (here / f'{name}.py').write_text(f"open({str(folder / 'ran')!r}, 'w')\nraise SystemExit(9)\n")
+    package = str(Path(module.__file__).parents[1])
+    code = f"import sys; sys.path[0] = {package!r}; from gini_loss.study import main; sys.exit(main(sys.argv[1:]))"
+    args = command(folder, ['loss = ce both', 'seed = 0-1', 'epochs = 2'], '--workers', '2')
+    done = run_command(['-c', code], args, cwd=here)
     assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / 'r' / 'small').glob('*.json'))) == 4 and not list((tmp_path / 'c').glob('*'))
+    return folder
+
+
+def test_workers_share_the_runs(shared):
+    "All runs are done, and the records say how many ran at a time"
+    records = [json.loads(path.read_text()) for path in (shared / 'r' / 'small').glob('*.json')]
+    assert len(records) == 4 and {record['hardware']['workers'] for record in records} == {2}
+    assert not list((shared / 'c').glob('*'))
+
+
+def test_workers_run_no_code_of_the_current_folder(shared):
+    "They run the package of the command that started them, whatever else has its name there"
+    assert not (shared / 'ran').exists()
 
 
 def test_out_of_memory_is_tried_once_more_after_the_others(tmp_path, monkeypatch, capsys):
@@ -217,26 +212,9 @@ def test_nothing_is_begun_in_the_time_that_a_stopped_run_left(tmp_path, monkeypa
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason="reads /proc")
 @pytest.mark.parametrize('how', ['SIGTERM', 'SIGKILL'])
 def test_workers_end_with_the_command(tmp_path, how):
-    (tmp_path / 'long.ini').write_text('[runs]\npreset = test\nloss = ce both\nepochs = 100000\ntrain_per_class = 4\n')
-    p = subprocess.Popen(
-        [
-            sys.executable,
-            '-m',
-            'gini_loss.study',
-            str(tmp_path / 'long.ini'),
-            '--workers',
-            '2',
-            '--results',
-            str(tmp_path / 'r'),
-            '--checkpoints',
-            str(tmp_path / 'c'),
-            '--device',
-            'cpu',
-        ],
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    args = command(tmp_path, ['loss = ce both', 'epochs = 100000'], '--workers', '2')
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    p = subprocess.Popen([sys.executable, '-m', 'gini_loss.study', *args], **quiet)
 
     def wait(until):
         end = time.monotonic() + 120
@@ -252,7 +230,7 @@ def test_workers_end_with_the_command(tmp_path, how):
             return True
 
     try:
-        wait(lambda: len(list((tmp_path / 'c').glob('*.pt'))) == 2)
+        wait(lambda: len(list((tmp_path / 'c').glob('*.lock'))) == 2)
         workers = children()
         assert len(workers) == 2
         p.send_signal(getattr(signal, how))
@@ -293,72 +271,17 @@ def test_workers_share_the_deadline(tmp_path, monkeypatch):
 
 
 def test_workers_stop_in_time(tmp_path):
-    "What does not end in the budget leaves a checkpoint; the records say how many ran at a time"
-    (tmp_path / 'small.ini').write_text(
-        '[runs]\npreset = test\nloss = ce both\nseed = 0\nepochs = 2 100000\ntrain_per_class = 4\n'
-    )
-    done = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'gini_loss.study',
-            str(tmp_path / 'small.ini'),
-            '--workers',
-            '2',
-            '--budget',
-            '40',
-            '--results',
-            str(tmp_path / 'r'),
-            '--checkpoints',
-            str(tmp_path / 'c'),
-            '--device',
-            'cpu',
-        ],
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 3, done.stderr
-    states = study_state(load_study(tmp_path / 'small.ini'), tmp_path / 'r', tmp_path / 'c')
-    records = [json.loads(o.read_text()) for o in (tmp_path / 'r' / 'small').glob('*.json')]
-    assert {o['hardware']['workers'] for o in records} <= {2} and all(
-        o.state in ('stopped', 'missing') for o in states if o.config.epochs > 2
-    )
-    if not records and not list((tmp_path / 'c').glob('*.pt')):
-        pytest.skip("this machine was too busy to train an epoch in 40 seconds")
-
-
-def test_workers_run_no_code_of_the_current_folder(tmp_path):
-    "And they run the package of the command that started them, whatever else is called gini_loss there"
-    here = tmp_path / 'here'
-    (here / 'gini_loss').mkdir(parents=True)
-    for name in ('statistics', 'filelock', 'gini_loss/__init__', 'gini_loss/study'):
-        (here / f'{name}.py').write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nraise SystemExit(9)\n")
-    (tmp_path / 'small.ini').write_text(
-        '[runs]\npreset = test\nloss = ce both\nepochs = 1\nstart_epoch = 0\ntrain_per_class = 4\n'
-    )
-    args = [
-        str(tmp_path / 'small.ini'),
-        '--workers',
-        '2',
-        '--results',
-        str(tmp_path / 'r'),
-        '--checkpoints',
-        str(tmp_path / 'c'),
-        '--device',
-        'cpu',
-    ]
-    package = str(Path(module.__file__).parents[1])
-    code = f"import sys; sys.path[0] = {package!r}; from gini_loss.study import main; sys.exit(main(sys.argv[1:]))"
-    done = subprocess.run(
-        [sys.executable, '-c', code, *args],
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        cwd=here,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert not (tmp_path / 'run').exists() and len(list((tmp_path / 'r' / 'small').glob('*.json'))) == 2
+    "What does not end in the budget leaves a checkpoint"
+    args = command(tmp_path, ['loss = ce both', 'epochs = 100000'], '--budget', '5')
+    finish(start(import_engine))
+    workers = [start(run_study_until, time.monotonic() + 5, args) for _ in range(2)]
+    for worker in workers:
+        worker.join(300)
+        assert worker.exitcode == 3
+    states = [s.state for s in study_state(load_study(tmp_path / 'small.ini'), tmp_path / 'r', tmp_path / 'c')]
+    if 'missing' in states:
+        pytest.skip("this machine was too busy to train an epoch in five seconds")
+    assert states == ['stopped', 'stopped']
 
 
 def test_a_record_that_cannot_be_read_is_named_and_not_done(tmp_path, capsys):
@@ -372,18 +295,7 @@ def test_a_record_that_cannot_be_read_is_named_and_not_done(tmp_path, capsys):
 
 
 def test_a_study_keeps_networks_only_if_asked(tmp_path):
-    (tmp_path / 'small.ini').write_text(
-        '[runs]\npreset = test\nloss = ce\nepochs = 1\nstart_epoch = 0\ntrain_per_class = 4\n'
-    )
-    args = [
-        str(tmp_path / 'small.ini'),
-        '--results',
-        str(tmp_path / 'r'),
-        '--checkpoints',
-        str(tmp_path / 'c'),
-        '--device',
-        'cpu',
-    ]
+    args = command(tmp_path, ['loss = ce', 'epochs = 1', 'start_epoch = 0'])
     assert main(args) == 0 and not list(tmp_path.rglob('*.safetensors'))
     assert main([*args, '--set', 'seed=1', '--weights', str(tmp_path / 'w')]) == 0
     assert len(list((tmp_path / 'w').glob('*.safetensors'))) == 1

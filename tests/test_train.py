@@ -27,19 +27,12 @@ from gini_loss.train import (
     train,
 )
 
+from processes import finish, run_train, start, take_a_lock_often, train_an_epoch
+
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
-ALONE = {
-    k: v for k, v in ENV.items() if k not in ('WORLD_SIZE', 'RANK')
-}  # no part of a group that these tests may run in
+# no part of a group that these tests may run in
+ALONE = {k: v for k, v in ENV.items() if k not in ('WORLD_SIZE', 'RANK')}
 VOLATILE = ('finished', 'seconds', 'source', 'digest')
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def small(**changes):
@@ -53,6 +46,14 @@ def run(config, where, **options):
         where / 'checkpoints',
         **{**dict(verbose=False, device='cpu', checkpoint_every=1), **options},
     )
+
+
+def where(folder, results='r', checkpoints='c'):
+    "Options of the command for a folder of records and one of checkpoints"
+    return ['--results', str(folder / results), '--checkpoints', str(folder / checkpoints)]
+
+
+SHORT = '--preset test --epochs 1 --start-epoch 0 --train-per-class 10'.split()  # small(epochs=1, start_epoch=0)
 
 
 def comparable(record):
@@ -355,44 +356,29 @@ def test_stopped_within_an_epoch(tmp_path, monkeypatch):
     assert_same(c, tmp_path / 'whole', tmp_path / 'parts')
 
 
-def command(folder, c, *more):
-    options = [
-        f"--{k.replace('_', '-')}={v}" for k, v in dict(train_per_class=c.train_per_class, epochs=c.epochs).items()
-    ]
-    return [
-        sys.executable,
-        '-m',
-        'gini_loss.train',
-        '--preset',
-        'test',
-        *options,
-        '--device',
-        'cpu',
-        '--results',
-        str(folder / 'results'),
-        '--checkpoints',
-        str(folder / 'checkpoints'),
-        '--checkpoint-every',
-        '1',
-        *more,
-    ]
+def command(folder, c):
+    "Arguments of `gini_train` for `c`, with a checkpoint after each epoch"
+    options = f'--preset test --train-per-class {c.train_per_class} --epochs {c.epochs} --checkpoint-every 1 --device cpu'
+    return [*options.split(), *where(folder, 'results', 'checkpoints')]
 
 
 def test_kill_9_at_random_points(tmp_path):
-    c = small(epochs=6)
+    c, rng, killed = small(epochs=8), np.random.default_rng(0), 0
     run(c, tmp_path / 'whole')
-    rng, folder, killed = np.random.default_rng(0), tmp_path / 'killed', 0
+    folder = tmp_path / 'killed'
+    path = folder / 'checkpoints' / f'{c.run_id}.pt'
     for _ in range(3):
-        p = subprocess.Popen(command(folder, c), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        # the first line is the end of an epoch: then any moment will do, also within a checkpoint
-        if not p.stdout.readline():
-            break
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        process = start(run_train, command(folder, c))
+        # a new checkpoint is the end of an epoch: then any moment will do, also within the next checkpoint
+        while process.is_alive() and not (path.exists() and path.stat().st_mtime_ns > before):
+            time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.3))
-        p.send_signal(signal.SIGKILL)
-        killed += p.wait() == -signal.SIGKILL
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
     assert killed
-    done = subprocess.run(command(folder, c), env=ENV, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    finish(start(run_train, command(folder, c)))
     assert_same(c, tmp_path / 'whole', folder)
     assert not list((folder / 'checkpoints').glob('*.pt'))
 
@@ -734,27 +720,8 @@ def test_results_and_checkpoints_on_a_small_tmpfs(tmp_path, left):
     c, disk, spare = small(epochs=2, width=32), tmp_path / 'disk', tmp_path / 'spare'
     disk.mkdir()
     spare.mkdir()
-    args = [
-        '-m',
-        'gini_loss.train',
-        '--preset',
-        'test',
-        '--width',
-        '32',
-        '--epochs',
-        '2',
-        '--train-per-class',
-        '10',
-        '--device',
-        'cpu',
-        '--no-weights',
-        '--results',
-        str(disk / 'r'),
-        '--checkpoints',
-        str(disk / 'c'),
-        '--checkpoint-every',
-        '1',
-    ]
+    options = '--preset test --width 32 --epochs 2 --train-per-class 10 --device cpu --no-weights --checkpoint-every 1'
+    args = ['-m', 'gini_loss.train', *options.split(), *where(disk)]
     script = SMALL_DISK.format(disk=disk, fill=3 * 2**20 - left, command=' '.join([sys.executable, *args]))
     try:
         done = subprocess.run(
@@ -813,21 +780,7 @@ def test_command_line(tmp_path, capsys):
     )
     assert main(['--arch', 'vgg']) == 1 and 'resnet17' in capsys.readouterr().err
     assert main(['--preset', 'test', '--epochs', 'many']) == 1 and "epochs='many'" in capsys.readouterr().err
-    assert (
-        main(
-            [
-                '--preset',
-                'test',
-                '--budget',
-                '0',
-                '--results',
-                str(tmp_path / 'r'),
-                '--checkpoints',
-                str(tmp_path / 'c'),
-            ]
-        )
-        == 3
-    )
+    assert main(['--preset', 'test', '--budget', '0', *where(tmp_path)]) == 3
 
 
 @pytest.mark.parametrize('option', ['--results', '--checkpoints'])
@@ -860,9 +813,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(tmp_path, monk
 )
 def test_what_the_command_refuses(tmp_path, capsys, options, status, message):
     try:
-        got = main(
-            ['--preset', 'test', '--results', str(tmp_path / 'r'), '--checkpoints', str(tmp_path / 'c'), *options]
-        )
+        got = main(['--preset', 'test', *where(tmp_path), *options])
     except SystemExit as e:
         got = e.code
     assert got == status and message in capsys.readouterr().err
@@ -870,18 +821,7 @@ def test_what_the_command_refuses(tmp_path, capsys, options, status, message):
 
 
 def test_a_run_that_is_done_says_so(tmp_path, capsys):
-    args = [
-        '--preset',
-        'test',
-        '--epochs',
-        '1',
-        '--start-epoch',
-        '0',
-        '--results',
-        str(tmp_path / 'r'),
-        '--checkpoints',
-        str(tmp_path / 'c'),
-    ]
+    args = [*SHORT, *where(tmp_path)]
     assert main(args) == 0 and 'is done' not in capsys.readouterr().out
     assert main(args) == 0
     out = capsys.readouterr().out
@@ -936,41 +876,16 @@ def test_compiled_and_eager_agree(tmp_path):
 
 # --- several processes
 
-SCRIPT = '''
-import os, sys, torch
-torch.set_num_threads(1)
-from gini_loss.ranks import rank
-from gini_loss.train import build_dls, build_learner, join_processes, recipe
-def run(path, arch, precision, lr, turned):
-    c = recipe('test', loss='both', start_epoch=0, optimizer='sgd', lr=float(lr), momentum=0.9, train_per_class=20, bs=20, epochs=1, arch=arch, precision=precision)
-    dls = build_dls(c, device='cpu')
-    if turned == 'turned': # each batch with its images in reverse order
-        order = torch.cat([part.flip(0) for part in dls.train.order(0).split(dls.train.bs)])
-        dls.loaders[0] = dls.train.new(get_idxs=order.tolist)
-    learn = build_learner(c, dls)
-    learn.fit(1)
-    if rank() == 0: torch.save((learn.plain_model.state_dict(), learn.epoch_log.columns), path)
-with join_processes('cpu'): run(*sys.argv[1:])
-sys.stdout.flush(); sys.stderr.flush(); os._exit(0)                      # threads of the process group can abort the end of an interpreter
-'''
-
 
 def torchrun(n, *args):
     return [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), *args]
 
 
-def weights_after_ten_steps(folder, name, *options, processes=1):
-    "What the script above saves: the network's state and the columns of its log"
-    (folder / 'script.py').write_text(SCRIPT)
-    args = [str(folder / 'script.py'), str(folder / f'{name}.pt'), *options]
-    done = subprocess.run(
-        torchrun(processes, *args) if processes > 1 else [sys.executable, *args],
-        env=ALONE,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(folder / f'{name}.pt')
+def weights_after_ten_steps(folder, *options, turned=False, processes=1):
+    "The network's state and the columns of its log"
+    path = folder / f'{processes}-{turned}.pt'
+    finish(*(start(train_an_epoch, path, *options, turned, rank, processes) for rank in range(processes)))
+    return torch.load(path)
 
 
 def largest_difference(one, other):
@@ -979,9 +894,7 @@ def largest_difference(one, other):
 
 @pytest.mark.parametrize('arch', ['resnet18', 'cvt7'])
 def test_two_processes_give_the_weights_of_one(tmp_path, arch):
-    (one, a), (two, b) = (
-        weights_after_ten_steps(tmp_path, f'{n}', arch, 'float64', '0.05', 'plain', processes=n) for n in (1, 2)
-    )
+    (one, a), (two, b) = (weights_after_ten_steps(tmp_path, arch, 'float64', 0.05, processes=n) for n in (1, 2))
     assert largest_difference(one, two) < 1e-6
     for k in ('train_loss', 'train_gini', 'train_kl'):
         assert np.allclose(a[k], b[k], rtol=0, atol=1e-6)
@@ -989,38 +902,24 @@ def test_two_processes_give_the_weights_of_one(tmp_path, arch):
 
 def test_two_processes_in_single_precision_differ_by_rounding(tmp_path):
     "No more than what the order of the images within a batch does to a single process, which the kinks of the network can magnify"
-    options = 'resnet18', 'float32', '0.001'
-    one, turned = (weights_after_ten_steps(tmp_path, how, *options, how)[0] for how in ('plain', 'turned'))
-    two = weights_after_ten_steps(tmp_path, 'two', *options, 'plain', processes=2)[0]
+    options = 'resnet18', 'float32', 0.001
+    one, turned = (weights_after_ten_steps(tmp_path, *options, turned=t)[0] for t in (False, True))
+    two = weights_after_ten_steps(tmp_path, *options, processes=2)[0]
     rounding = largest_difference(one, turned)
     assert 0 < largest_difference(one, two) < max(10 * rounding, 1e-5), (rounding, largest_difference(one, two))
 
 
 def accelerate_launch(n, *args):
-    return [
-        sys.executable,
-        '-m',
-        'accelerate.commands.launch',
-        '--multi_gpu',
-        '--num_processes',
-        str(n),
-        '--num_machines',
-        '1',
-        '--mixed_precision',
-        'no',
-        '--dynamo_backend',
-        'no',
-        '--main_process_port',
-        '0',
-        *args,
-    ]
+    options = f'--multi_gpu --num_processes {n} --num_machines 1 --mixed_precision no --dynamo_backend no'
+    return [sys.executable, '-m', 'accelerate.commands.launch', *options.split(), '--main_process_port', '0', *args]
 
 
 @pytest.mark.parametrize('launch', [torchrun, accelerate_launch], ids=['torchrun', 'accelerate launch'])
 def test_the_same_command_in_two_processes(tmp_path, launch):
     if launch is accelerate_launch:
         pytest.importorskip('accelerate')
-    done = subprocess.run(launch(2, *command(tmp_path, small(epochs=2))[1:]), env=ALONE, capture_output=True, text=True)
+    args = ['-m', 'gini_loss.train', *command(tmp_path, small(epochs=2))]
+    done = subprocess.run(launch(2, *args), env=ALONE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(next((tmp_path / 'results').glob('*.json')).read_text())
     assert record['hardware']['processes'] == 2 and record['run_id'] == small(epochs=2).run_id
@@ -1049,17 +948,7 @@ def test_stopped_from_the_keyboard(tmp_path, monkeypatch, capsys, stopped):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(engine, 'train', interrupted)
-    args = [
-        '--preset',
-        'test',
-        '--epochs',
-        '3',
-        '--train-per-class',
-        '10',
-        '--results',
-        str(tmp_path / 'r'),
-        '--checkpoints',
-    ]
+    args = ['--preset', 'test', '--epochs', '3', '--train-per-class', '10', '--results', str(tmp_path), '--checkpoints']
     assert main([*args, str(folder / 'checkpoints')]) == 130
     assert 'the checkpoint of epoch 0 is there. The same command goes on from there' in capsys.readouterr().err
     assert main([*args, str(tmp_path / 'none')]) == 130
@@ -1105,20 +994,7 @@ def test_a_link_is_no_lock(tmp_path):
 
 def test_many_processes_want_one_lock(tmp_path):
     "Each has it once, never two at a time"
-    script = '''
-import sys, time
-from gini_loss.checkpoint import RunLock, RunLocked
-for i in range(8):
-    try:
-        with RunLock(sys.argv[1]):
-            with open(sys.argv[2], 'x'): time.sleep(.01)
-            import os; os.remove(sys.argv[2])
-    except RunLocked: time.sleep(.01)
-'''
-    command = [sys.executable, '-c', script, str(tmp_path / 'a.lock'), str(tmp_path / 'held')]
-    processes = [subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    for p in processes:
-        assert p.wait() == 0, p.stderr.read()
+    finish(*(start(take_a_lock_often, tmp_path / 'a.lock', tmp_path / 'held') for _ in range(3)))
     assert not (tmp_path / 'a.lock').exists()
 
 
@@ -1204,20 +1080,7 @@ def test_a_record_that_cannot_be_read_is_not_done(tmp_path, capsys, damage):
         file.write_text('{"format": 1}')
     else:
         file.with_suffix('.npz').unlink()
-    args = [
-        '--preset',
-        'test',
-        '--epochs',
-        '1',
-        '--start-epoch',
-        '0',
-        '--train-per-class',
-        '10',
-        '--results',
-        str(tmp_path / 'results'),
-        '--checkpoints',
-        str(tmp_path / 'c'),
-    ]
+    args = [*SHORT, *where(tmp_path, 'results')]
     assert main(args) == 1
     err = capsys.readouterr().err
     assert file.name in err and err.count('\n') == 1
@@ -1242,9 +1105,7 @@ def test_what_the_command_refuses_in_one_line(tmp_path, monkeypatch, capsys, opt
     monkeypatch.setitem(sys.modules, 'wandb', None)
     monkeypatch.setattr(engine, 'build_dls', lambda *args: pytest.fail("trained first"))
     try:
-        got = main(
-            ['--preset', 'test', '--results', str(tmp_path / 'r'), '--checkpoints', str(tmp_path / 'c'), *options]
-        )
+        got = main(['--preset', 'test', *where(tmp_path), *options])
     except SystemExit as e:
         got = e.code
     err = capsys.readouterr().err
@@ -1277,20 +1138,7 @@ def test_a_device_without_double_precision(tmp_path, monkeypatch):
 
 
 def test_the_command_keeps_the_network(tmp_path):
-    args = [
-        '--preset',
-        'test',
-        '--epochs',
-        '1',
-        '--start-epoch',
-        '0',
-        '--train-per-class',
-        '10',
-        '--results',
-        str(tmp_path / 'r'),
-        '--checkpoints',
-        str(tmp_path / 'c'),
-    ]
+    args = [*SHORT, *where(tmp_path)]
     c = small(epochs=1, start_epoch=0)
     assert main([*args, '--seed', '1', '--no-weights']) == 0 and not (tmp_path / 'weights').exists()
     assert main(args) == 0
