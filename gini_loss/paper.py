@@ -599,6 +599,7 @@ def laptop_markdown(
     table = laptop_comparison(runs)
     if not len(table): return ''
     found = ', '.join(f"{n} {'is' if n == 1 else 'are'} {v}" for v, n in table.verdict.value_counts().items())
+    if (table.verdict == 'not detected').all(): found = 'none is detected'
     words = []
     for data, one in table.groupby('data', sort=False):
         means = ', '.join(f'{NAMES[r.loss]} {_interval(r.difference, r.low, r.high)}' for r in one.itertuples())

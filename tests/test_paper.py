@@ -277,7 +277,7 @@ def test_the_small_study_in_one_paragraph(laptop):
         text.count('\n') == 0
         and 'Before cross-entropy is solved' in text
         and 'Caltech 101' in text
-        and '6 are not detected' in text
+        and 'none is detected' in text
     )
     assert laptop_markdown(load_results(laptop).iloc[:0]) == ''
 
