@@ -5,11 +5,12 @@ training throughput, and start-up.
     python benchmarks/cost.py --quick    # a minute, fewer rounds and sizes; writes nothing unless --out is given
     python benchmarks/cost.py --only import step
 
-Everything that is compared runs side by side: a round runs each candidate in turn, so that a change in the machine's
-load meets all of them. Shown are the median over the rounds, the smallest and the largest; a ratio is the median of
-the ratios within each round. Times are forward and backward together. On Linux the C library is told to keep memory
-that was freed, as a GPU's allocator does: else a candidate pays, by chance, for pages that another gave back.
-The other losses come from pytorch-metric-learning; without it they are left out (pip install pytorch-metric-learning).
+Each round runs all candidates in turn, so other load on the machine affects all of them. Shown are the median over the
+rounds, the smallest and the largest. A ratio is the median of the ratios within each round. Times are forward and
+backward together. On one CPU thread they are CPU seconds of the process, which do not count the time of other programs;
+else, and for throughput, they are seconds of the wall clock. On Linux, the C library keeps memory that was
+freed, as a GPU's allocator does. Otherwise a candidate would pay, by chance, for pages that another one gave back.
+The other losses come from pytorch-metric-learning, and are left out without it (pip install pytorch-metric-learning).
 """
 import argparse, ctypes, datetime, json, math, os, platform, statistics, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
@@ -46,14 +47,16 @@ def plain_terms(A, y, n):
 
 class Timer:
     "Runs candidates in turns and keeps the seconds of each"
-    def __init__(self, device, rounds): self.device, self.rounds = device, rounds
+    def __init__(self, device, rounds, clock=time.perf_counter):
+        self.device, self.rounds, self.clock = device, rounds, clock
     def wait(self):
         if self.device.type == 'cuda': torch.cuda.synchronize()
     def once(self, f, k=1):
-        self.wait(); start = time.perf_counter()
+        self.wait()
+        start = self.clock()
         for _ in range(k): f()
         self.wait()
-        return (time.perf_counter() - start) / k
+        return (self.clock() - start) / k
     def compare(self, candidates, rounds=None, at_least=.02):
         """`{name: {median, low, high, rounds}}` in seconds; the first rounds warm up and say how often to repeat what
         is short"""
@@ -106,10 +109,12 @@ def kept_bytes(loss, A):
     return sum(v for k, v in kept.items() if k != own)
 
 
-def batch(device, m=DEFAULT['m'], c=DEFAULT['c'], side=DEFAULT['side'], n=DEFAULT['n'], dtype=torch.float32):
+def batch(device, m=DEFAULT['m'], c=DEFAULT['c'], side=DEFAULT['side'], n=DEFAULT['n'], present=None):
+    "Maps, and labels drawn from all n classes or from `present` of them, spread over the n"
     g = torch.Generator().manual_seed(0)
-    A = torch.randn(m, c, side, side, generator=g).relu_().to(device, dtype)
-    return A.requires_grad_(), torch.randint(0, n, (m,), generator=g).to(device)
+    A = torch.randn(m, c, side, side, generator=g).relu_().to(device)
+    present = present or n
+    return A.requires_grad_(), torch.randint(0, present, (m,), generator=g).to(device) * (n // present)
 
 def both(loss, A):
     "A closure that runs loss forward and backward"
@@ -202,13 +207,12 @@ def sweep(timer, name, xs, quick, most_plain=math.inf, **fixed):
         )
     exponents = {}
     for form in ('ours', 'plain'):
-        p = [q for q in points if q['form'] == form]
-        exponents[form] = {
-            key: slope([q['x'] for q in p], ys)
-            for key, ys in dict(
-                seconds=[q['seconds']['median'] for q in p], peak_bytes=[q['peak_bytes'] for q in p]
-            ).items()
-        }
+        own = [p for p in points if p['form'] == form]
+        sizes = [p['x'] for p in own]
+        exponents[form] = dict(
+            seconds=slope(sizes, [p['seconds']['median'] for p in own]),
+            peak_bytes=slope(sizes, [p['peak_bytes'] for p in own]),
+        )
     print(f"\n{name}: " + ', '.join(f"{k}={v}" for k, v in {**DEFAULT, **fixed}.items() if k != name))
     for p in points:
         print(
@@ -221,41 +225,38 @@ def sweep(timer, name, xs, quick, most_plain=math.inf, **fixed):
     return dict(fixed={k: v for k, v in {**DEFAULT, **fixed}.items() if k != name}, points=points, exponents=exponents)
 
 def section_classes(timer, speed, quick):
-    "For maps, and under 'features' for pooled features, where the class averages are as many numbers as the input"
-    out = sweep_classes(timer, quick)
-    out['features'] = sweep_classes(timer, quick, side=1)
+    """The number of classes n, for maps and for pooled features, where the class averages are as many numbers as the
+    input. Labels are drawn from all n classes; under 'same classes', from 100 of them, the same images each time"""
+    ns = [10, 100, 1000, 10**6] if quick else [10, 30, 100, 300, 1000, 10**4, 10**5, 10**6]
+    features, from_100 = dict(m=512, c=2048, side=1), [n for n in ns if n >= 100]
+    out = sweep_classes(timer, ns, quick)
+    out['features'] = sweep_classes(timer, ns, quick, **features)
+    out['same classes'] = sweep_classes(timer, from_100, quick, present=100)
+    out['features, same classes'] = sweep_classes(timer, from_100, quick, present=100, **features)
     return out
 
-def sweep_classes(timer, quick, **fixed):
-    out = sweep(
-        timer,
-        'n',
-        [10, 100, 1000, 10**6] if quick else [10, 30, 100, 300, 1000, 10**4, 10**5, 10**6],
-        quick,
-        most_plain=1000 if quick else 10**4,
-        **fixed,
-    )
+def sweep_classes(timer, ns, quick, **fixed):
+    "A sweep over n; `flat` compares with the smallest n, and with the plain form at 100 classes"
+    most_plain = 1000 if quick or fixed.get('c', 0) > 1000 else 10**4
+    out = sweep(timer, 'n', ns, quick, most_plain, **fixed)
     mine = {p['x']: p for p in out['points'] if p['form'] == 'ours'}
     plain100 = next(p for p in out['points'] if p['form'] == 'plain' and p['x'] == 100)
+    def times(a, b): return ratio(a['seconds'], b['seconds'])['median']
+    def memory(a, b): return a['peak_bytes'] / b['peak_bytes']
     out['flat'] = {
         key: dict(
-            million_to_ten=f(mine[10**6], mine[10]),
-            most_to_ten=max(f(p, mine[10]) for p in mine.values()),
+            least=ns[0],
+            million_to_least=f(mine[10**6], mine[ns[0]]),
+            most_to_least=max(f(p, mine[ns[0]]) for p in mine.values()),
             million_to_plain_100=f(mine[10**6], plain100),
         )
-        for key, f in dict(
-            seconds=lambda a, b: ratio(a['seconds'], b['seconds'])['median'],
-            peak_bytes=lambda a, b: a['peak_bytes'] / b['peak_bytes'],
-        ).items()
+        for key, f in dict(seconds=times, peak_bytes=memory).items()
     }
-    print(
-        '  '
-        + '; '.join(
-            f"{key}: a million classes to ten {v['million_to_ten']:.2f}×, at most {v['most_to_ten']:.2f}×, to the"
-            f" plain form at 100 {v['million_to_plain_100']:.2f}×"
-            for key, v in out['flat'].items()
+    for key, v in out['flat'].items():
+        print(
+            f"  {key}: a million classes to {ns[0]} {v['million_to_least']:.2f}×, at most {v['most_to_least']:.2f}×,"
+            f" to the plain form at 100 {v['million_to_plain_100']:.2f}×"
         )
-    )
     return out
 
 def section_sizes(timer, speed, quick):
@@ -378,6 +379,7 @@ def section_throughput(timer, speed, quick):
     from gini_loss.loader import CIFAR100_MEAN, CIFAR100_STD, device_dls
     from gini_loss.models import resnet18
     device, gpu = timer.device, timer.device.type == 'cuda'
+    timer = Timer(device, timer.rounds)                                 # the clock on the wall counts worker processes
     n, bs, width, rounds = (20_000, 500, 64, 5) if gpu else (1_500, 100, 8, 5) if not quick else (1_000, 100, 4, 5)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     with tempfile.TemporaryDirectory() as folder:
@@ -466,14 +468,13 @@ def section_throughput(timer, speed, quick):
 
 
 def section_import(timer, speed, quick):
+    def children(): return os.times().children_user + os.times().children_system
+    clock = children if timer.clock is time.process_time and os.name == 'posix' else time.perf_counter
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)}
     def seconds(module):
-        start = time.perf_counter()
-        subprocess.run(
-            [sys.executable, '-c', f'import {module}'],
-            check=True,
-            env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)},
-        )
-        return time.perf_counter() - start
+        start = clock()
+        subprocess.run([sys.executable, '-c', f'import {module}'], check=True, env=env)
+        return clock() - start
     rows = {'torch': [], 'gini_loss': []}
     for i in range((3 if quick else 9) + 1):
         for module in rows:
@@ -534,7 +535,8 @@ def main():
     if args.threads: torch.set_num_threads(args.threads)
     device, start = torch.device(args.device), time.perf_counter()
     if device.type == 'cuda': torch.backends.cuda.matmul.allow_tf32 = False
-    timer = Timer(device, args.rounds or (5 if args.quick else 21))
+    cpu_time = device.type == 'cpu' and torch.get_num_threads() == 1
+    timer = Timer(device, args.rounds or (5 if args.quick else 21), time.process_time if cpu_time else time.perf_counter)
     load = lambda: [round(v, 2) for v in os.getloadavg()] if hasattr(os, 'getloadavg') else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     record = dict(
@@ -547,6 +549,7 @@ def main():
         cores=cores,
         threads=torch.get_num_threads(),
         rounds=timer.rounds,
+        clock='CPU' if cpu_time else 'wall',
         keeps_freed_memory=keep_freed_memory(),
         load_before=load(),
         python=platform.python_version(),

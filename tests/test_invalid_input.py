@@ -352,7 +352,7 @@ MASKS = {
     'complex': (torch.ones(4, 2, 5) * 1j, TypeError, r"must be bool"),
     'other integers': (torch.full((4, 2, 5), 2), ValueError, r"mask must be 0 or 1, got values from 2 to 2"),
     'a list': ([[True]], TypeError, r"mask must be a torch.Tensor, got list"),
-    'nothing left': (torch.arange(4)[:, None, None].expand(4, 2, 5) != 2, ValueError, r"leaves nothing of image 2"),
+    'nothing left': (torch.arange(4)[:, None, None].expand(4, 2, 5) != 2, ValueError, r"leaves no position of image 2"),
 }
 
 @pytest.mark.parametrize('name', MASKS)
@@ -389,7 +389,7 @@ def test_bad_priors_are_told_at_construction(name):
 
 @pytest.mark.parametrize('y', [Y4, SOFT, MixedTargets(Y4, Y4.flip(0), .5)], ids=['labels', 'soft', 'mixed'])
 def test_a_prior_of_zero_for_a_class_of_the_batch(y):
-    with pytest.raises(ValueError, match="class_prior is 0 for class 2, of which the batch has images"):
+    with pytest.raises(ValueError, match="class_prior is 0 for class 2, but the batch has images of it"):
         GiniKLLoss(class_prior=[0.5, 0.5, 0])(A4, y)
     with pytest.raises(ValueError, match="class_prior (has 4 entries|is 0 for class 2)"):
         kl_loss(A4, y, class_prior=[0.3, 0.3, 0, 0.4])
