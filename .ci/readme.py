@@ -44,9 +44,12 @@ def markdown_parts(cells):
         if code and options.get("echo") != "false": yield "code", code
         for k, o in enumerate(c.get("outputs", []), 1):
             data = o.get("data", {})
-            if "image/png" in data:
+            if drawn := {"image/svg+xml", "image/png"} & set(data):
+                kind = max(drawn)                                                  # an SVG, where there is one
                 alt = options.get("fig-alt", "").strip('"')
-                yield "image", (f"cell-{i+1}-output-{k}.png", text(data["image/png"]), alt)
+                content = text(data[kind])
+                content = content.encode() if kind == "image/svg+xml" else base64.b64decode(content)
+                yield "image", (f"cell-{i+1}-output-{k}.{'svg' if kind == 'image/svg+xml' else 'png'}", content, alt)
             elif "text/markdown" in data: yield "text", text(data["text/markdown"])
             elif "data-gini=" in text(data.get("text/html")): continue             # a figure to drag needs a script
             else: yield "output", (text(o.get("text")) or text(data.get("text/plain"))).rstrip()
@@ -62,7 +65,7 @@ def render(parts, target):
         else:
             name, data, alt = part
             (root / images).mkdir(parents=True, exist_ok=True)
-            (root / images / name).write_bytes(base64.b64decode(data))
+            (root / images / name).write_bytes(data)
             out.append(f"![{alt}]({images}/{name})")
     return "\n\n".join(out) + "\n"
 
@@ -76,8 +79,7 @@ def difference(parts, target):
     have = " ".join(words((root / target).read_text(encoding="utf-8")))
     written = [p for kind, part in parts if kind != "image" for p in part.split("\n\n")]
     missing = [p for p in written if " ".join(words(p)) not in have]
-    if not any((root / RENDERED[target][1]).glob("*.png")):
-        missing += [part[0] for kind, part in parts if kind == "image"]
+    missing += [part[0] for kind, part in parts if kind == "image" and not (root / RENDERED[target][1] / part[0]).exists()]
     return missing[0] if missing else None
 
 
@@ -91,7 +93,7 @@ def main():
                 sys.exit(f"{target} does not hold what nbs/{notebook} says; {advice}\n{missing}")
             print(f"{target} and nbs/{notebook} agree")
             continue
-        for old in (root / images).glob("*.png"): old.unlink()
+        for old in (root / images).glob("cell-*"): old.unlink()
         (root / target).write_text(render(parts, target), encoding="utf-8")
         print("wrote", target)
 

@@ -79,7 +79,7 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 <style>main pre, main table {{ overflow-x: auto; display: block; }} main {{ max-width: 800px; }}</style>
 <body class="quarto-light"><div id="TOC"><ul><li><a href="#a" id="toc-a" class="nav-link">A</a></li><li><a href="#b">B</a></li>
 <li><a href="#c">C</a></li></ul></div><main><header id="title-block-header"><h1>Title</h1></header>
-<figure><img src="figure.png" alt="a figure"></figure><figure><img src="photo.png" alt="a photograph"></figure>
+<figure><img src="figure.png" alt="a figure"></figure>{drawing}<figure><img src="photo.png" alt="a photograph"></figure>
 <table><tr>{cells}</tr></table></main>{page}</body></html>"""
 
 
@@ -88,10 +88,29 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+def draw(path):
+    "Two panels with one scale: the second one has no numbers of its own"
+    pytest.importorskip("matplotlib").use("Agg")
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context({"font.size": 11, "svg.hashsalt": "site"}):
+        fig, axs = plt.subplots(1, 2, figsize=(8, 3), sharey=True, layout="constrained")
+        for ax, color in zip(axs, ("black", "#1f77b4"), strict=True):
+            ax.plot([0, 1, 2], [5, 7, 6], color=color)
+            ax.set(xlabel="epoch", title="a panel")
+        axs[0].set(ylabel="points")
+        fig.savefig(path, metadata={"Date": None})
+    plt.close(fig)
+
+
 @pytest.fixture
-def page(browser, set_width, tmp_path):
-    "A page as the site has it, with a plot, a photograph and a wide table, from a server on this machine"
+def page(browser, set_width, tmp_path, request):
+    """A page as the site has it, with a plot, a photograph and a wide table, from a server on this machine; the
+    parameter is its width, and it then has a drawing with two panels as well"""
     Image = pytest.importorskip("PIL.Image")
+    width = getattr(request, "param", None)
+    if width:
+        draw(tmp_path / "drawing.svg")
     plot = Image.new("RGB", (200, 100), "white")
     plot.paste((0, 0, 0), (0, 0, 20, 100))  # ink
     plot.paste((68, 1, 84), (30, 0, 50, 100))  # the dark end of a heat map
@@ -100,11 +119,16 @@ def page(browser, set_width, tmp_path):
     Image.effect_noise((200, 100), 90).convert("RGB").save(tmp_path / "photo.png")
     cells = "".join(f"<td>{'wide ' * 3}{k}</td>" for k in range(30))
     (tmp_path / "page.html").write_text(
-        PAGE.format(cells=cells, page=(NBS / "page.html").read_text(encoding="utf-8")), encoding="utf-8"
+        PAGE.format(
+            cells=cells,
+            page=(NBS / "page.html").read_text(encoding="utf-8"),
+            drawing='<figure><img src="drawing.svg" style="max-width: 100%" alt="a drawing"></figure>' if width else "",
+        ),
+        encoding="utf-8",
     )
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    set_width(1000)
+    set_width(width or 1000)
     browser.get(f"http://127.0.0.1:{server.server_port}/page.html")
     yield browser
     server.shutdown()
@@ -136,6 +160,46 @@ def test_a_photograph_stays_as_it_is(page):
     before = pixels(page, "a photograph", [10, 90])
     page.execute_script("document.body.className = 'quarto-dark'")
     assert pixels(page, "a photograph", [10, 90]) == before
+
+
+FIGURES = """const done = arguments[arguments.length - 1], frame = () => new Promise(r => setTimeout(r, 300))
+Promise.all(figures.map(f => f.start())).then(frame).then(() => done(figures.filter(f => f.svg).map(f => ({
+  whole: f.image.hidden ? 0 : f.image.clientWidth / f.width * f.letter,
+  panels: f.stack && !f.stack.hidden ? [...f.stack.children].map((image, k) => ({
+    letter: image.clientWidth / (f.panels[k].box.width + 8) * f.letter, x: image.offsetLeft, y: image.offsetTop,
+    numbers: f.panels[k].borrowed.length})) : [],
+  over: document.documentElement.scrollWidth - document.documentElement.clientWidth}))))"""
+
+
+@pytest.mark.parametrize("page", [390], indirect=True)
+def test_panels_stand_below_each_other_on_a_phone_and_can_be_read(page):
+    (drawing,) = page.execute_async_script(FIGURES)
+    first, second = drawing["panels"]
+    assert drawing["whole"] == 0 and drawing["over"] <= 0
+    assert first["x"] == second["x"] and first["y"] < second["y"]
+    assert min(first["letter"], second["letter"]) >= 10.9  # pixels
+    assert (first["numbers"], second["numbers"]) == (0, 1)  # the scale that both share stands at each
+
+
+@pytest.mark.parametrize("page", [1000], indirect=True)
+def test_panels_stand_side_by_side_where_there_is_room(page):
+    (drawing,) = page.execute_async_script(FIGURES)
+    assert drawing["whole"] >= 10.9 and not drawing["panels"]
+
+
+SOURCE = """const done = arguments[arguments.length - 1], image = document.querySelector("img[alt='a drawing']")
+setTimeout(() => fetch(image.src).then(answer => answer.text()).then(done), 600)"""
+
+
+@pytest.mark.parametrize("page", [1000], indirect=True)
+def test_a_drawing_in_the_dark_scheme_stays_one(page):
+    light = page.execute_async_script(SOURCE)
+    page.execute_script("document.body.className = 'quarto-dark'")
+    dark = page.execute_async_script(SOURCE)
+    assert "<svg" in dark and "#ffffff" in light and "#222222" in dark  # the ground
+    assert "#1f77b4" in light and "#1f77b4" in dark  # a colour with a meaning
+    page.execute_script("document.body.className = 'quarto-light'")
+    assert page.execute_async_script(SOURCE) == light
 
 
 def test_a_page_has_its_contents_under_the_title(page):
