@@ -1,8 +1,7 @@
-# make prepare          the modules, README.md and CONTRIBUTING.md in step with the notebooks, and the style of the code
-# make test             all notebooks, then all tests, two at a time
-# make test FILE=03     the notebooks whose name begins with 03, as tests
-# make test FILE=tap    the notebooks and the test files that have "tap" in their name
-# make ci               everything that a change must pass, in new environments
+# make prepare          export the modules, clean the notebooks, write the generated files, check the style
+# make test             run all notebooks, then all tests, two at a time
+# make test FILE=tap    run the notebooks and the test files with "tap" in their name
+# make ci               run everything that a change must pass, in new environments
 
 FILE ?=
 notebooks := $(if $(FILE),$(notdir $(wildcard nbs/*$(FILE)*.ipynb)))
@@ -18,13 +17,16 @@ prepare:
 	nbdev_clean
 	python .ci/readme.py
 	python .ci/llms.py
+	python .ci/api.py
+	python .ci/widgets.py
+	python .ci/colab.py
 	python .ci/check_notebooks.py
 	python .ci/lint
 
 test:
 ifeq ($(FILE),)
 	nbdev_test
-	pytest -n 2 --dist loadfile
+	pytest -n 2 --dist worksteal
 else ifeq ($(notebooks)$(tests),)
 	@echo "no notebook and no test file has '$(FILE)' in its name"; exit 1
 else

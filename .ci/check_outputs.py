@@ -1,12 +1,13 @@
-"""Stored outputs that are facts about the repository: run the pages that hold them again, and compare.
+"""Run the pages again whose stored outputs are facts about the repository, and compare.
 
-A page's signatures, lists of files, steps and studies are read from the tree when its cells run, and what is stored
-goes out of date without an error. Numbers with a decimal point are left out of the comparison, since they differ a
-little from machine to machine, and so are figures. Nothing is written; exits with 1 if anything differs.
+These pages read signatures, lists of files, steps and studies from the tree when their cells run, so a stored output
+goes out of date without an error. Numbers with a decimal point are not compared, because they differ a little between
+machines, and neither are figures. Two pages run at a time. Nothing is written; the exit status is 1 if anything differs.
 """
 import re
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import nbformat
 from common import root, text
@@ -16,7 +17,7 @@ PAGES = ["51_robustness.ipynb", "60_api.ipynb", "70_contributing.ipynb"]
 
 
 def facts(cell):
-    "The text that a cell has put out, without what may differ between machines"
+    "The text of a cell's outputs, without what may differ between machines"
     found = []
     for o in cell.get("outputs", []):
         data = o.get("data", {})
@@ -36,7 +37,8 @@ def difference(old, new):
 
 
 def compare(name):
-    "Run a page again, and describe each cell whose output is not the stored one"
+    "Run a page again: a description of each cell whose output is not the stored one, and the seconds that it took"
+    start, wrong = time.time(), []
     path = root / "nbs" / name
     nb = nbformat.read(path, 4)
     stored = [facts(c) for c in nb.cells]
@@ -44,15 +46,16 @@ def compare(name):
     NotebookClient(nb, timeout=600, kernel_name="python3", resources=where).execute()
     for i, (c, old) in enumerate(zip(nb.cells, stored)):
         found = difference(old, facts(c)) if c.cell_type == "code" else None
-        if found: yield f"nbs/{name}, cell {i}: stored, then new\n    {found[0][:300]}\n    {found[1][:300]}"
+        if found: wrong.append(f"nbs/{name}, cell {i}: stored, then new\n    {found[0][:300]}\n    {found[1][:300]}")
+    return wrong, time.time() - start
 
 
 def main():
     wrong = []
-    for name in PAGES:
-        start = time.time()
-        wrong += compare(name)
-        print(f"{name} ran in {time.time() - start:.0f} s", flush=True)
+    with ProcessPoolExecutor(2) as pool:
+        for name, (found, seconds) in zip(PAGES, pool.map(compare, PAGES)):
+            wrong += found
+            print(f"{name} ran in {seconds:.0f} s", flush=True)
     print("\n".join(wrong) or "the stored outputs are what the repository says")
     sys.exit("run these pages again, then make prepare" if wrong else 0)
 
