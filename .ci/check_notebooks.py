@@ -18,6 +18,7 @@ from common import cells, cfg, page, site, text
 
 MAX_BYTES, MAX_CODE_RUN, MAX_OUTPUT_LINE, MAX_PLOT_LINES = 1_500_000, 4, 350, 20
 RESULTS = re.compile(r"3[1-6]_")
+DERIVATION, PHOTOGRAPHS = re.compile(r"0[2-5]_"), re.compile(r"20b?_")
 ENTRY = re.compile(r"^show_doc\(", re.M)
 MACHINE_PATH = re.compile(r"/(?:work|root|tmp|home|Users|opt)/[\w.~-]+")
 LINK = re.compile(r"(?<!!)\[(?:!\[[^\]]*\]\([^)]*\)|[^\]])*\]\(([^)\s]+)\)")
@@ -147,6 +148,7 @@ def check_output(output, source, path, say):
     if found := MACHINE_PATH.search(printed): say(f"a path of some machine, {found.group(0)}")
     if "text/markdown" in data: check_text(text(data["text/markdown"]), path, say)
     if {"image/png", "image/svg+xml"} & set(data) and "fig-alt:" not in source: say("a figure without `#| fig-alt:`")
+    if "image/png" in data and not PHOTOGRAPHS.match(path.name): say("a figure as PNG: call gini_loss.plots.use_theme before it")
 
 
 def check_shown(cell, source, say):
@@ -172,6 +174,15 @@ def check_answer(path, all_cells, say):
     if not any("{.callout" in s for s in said): say("no answer box among the first cells: gini_loss.paper.answer_box makes one")
 
 
+def check_derivation(path, all_cells, say):
+    "Each numbered equation of the derivation has its code right below, which stands beside it on wide screens"
+    if not DERIVATION.match(path.name): return
+    shown = [c for c in all_cells if not re.search(r"^#\|\s*hide\b", text(c["source"]), re.M)]
+    for cell, below in zip(shown, [*shown[1:], {"cell_type": "none"}], strict=True):
+        number = re.search(r"\\tag\{(\d+)\}", text(cell["source"])) if cell["cell_type"] == "markdown" else None
+        if number and below["cell_type"] != "code": say(f"Equation {number.group(1)} without code right below it")
+
+
 def reporter(where):
     def say(message): problems.append(f"{where}: {message}")
     return say
@@ -186,6 +197,7 @@ def check(path):
         say("sources as one string each: save it in Jupyter, which stores lines, so that a diff can be read")
     check_opening(path, all_cells, say)
     check_answer(path, all_cells, say)
+    check_derivation(path, all_cells, say)
     run = 0
     for i, c in enumerate(all_cells):
         source, say = text(c["source"]), reporter(f"{path}: cell {i}")

@@ -1,5 +1,5 @@
-"""The figures to drag hold their script, so a stored output goes out of date with it: this puts the script of
-`nbs/widgets/gini.js` into every stored output again.
+"""The figures to drag hold their script, so a stored output goes out of date with it: this makes every stored output
+again, with the script of `nbs/widgets/gini.js` and what is shown where scripts do not run.
 
 `--check` says whether any is out of date.
 """
@@ -9,14 +9,14 @@ import sys
 
 from common import root, text
 
-SCRIPT = root / "nbs" / "widgets" / "gini.js"
-HELD = re.compile(r"(<div data-gini=[^\n]*</div>\n<script>\n).*?(</script>)", re.S)
+from gini_loss.widgets import figure_html
+
+FIGURE = re.compile(r'<div data-gini="([\w-]+)">[^\n]*</div>\n<script>\n.*?</script>', re.S)
 
 
 def refreshed(html):
-    "A stored output with the script as it is now"
-    script = SCRIPT.read_text(encoding="utf-8")
-    return HELD.sub(lambda found: found.group(1) + script + found.group(2), html)
+    "A stored output with the figure as it is now"
+    return FIGURE.sub(lambda found: figure_html(found.group(1)), html)
 
 
 def refresh(notebook):

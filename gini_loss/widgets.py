@@ -20,15 +20,31 @@ def script_path() -> Path: # the script of both figures: in the checkout, or bes
         if place.is_file(): return place
     raise FileNotFoundError(f"gini.js is not at {places[0]} or {places[1]}: install gini_loss again")
 
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    line = lambda kind, cells: '<tr>' + ''.join(f'<{kind}>{cell}</{kind}>' for cell in cells) + '</tr>'
+    return f"<table>{line('th', head)}{''.join(line('td', row) for row in rows)}</table>"
+
+# What is shown where scripts do not run
+_STILL = {
+    'toy-batch': _table(
+        ('channel', 'class means S', 'probabilities S̄', 'impurity'),
+        [('0', '3, 0', '1, 0', '0'), ('1', '0, 2', '0, 1', '0'), ('2', '1, 1', '0.5, 0.5', '0.5')],
+    ) + '<p>Gini loss 0.1667, KL loss 0.0000.</p>',
+    'triangle': '<svg viewBox="0 0 240 190" width="240" height="190" role="img" aria-label="A channel as a point in a '
+        'triangle whose corners are three classes"><path d="M120 20 L210 165 L30 165 Z" fill="none" stroke="currentColor"/>'
+        '<circle cx="113" cy="122" r="5" fill="currentColor"/><g fill="currentColor" font-size="13" text-anchor="middle">'
+        '<text x="120" y="13">class 2</text><text x="30" y="182">class 0</text><text x="210" y="182">class 1</text></g></svg>',
+}
+
 def figure_html(
     name: str, # 'toy-batch' or 'triangle'
 ) -> str: # a div and the script that draws into it
     "A figure as self-contained HTML"
-    if name not in ('toy-batch', 'triangle'):
+    if name not in _STILL:
         raise ValueError(f"there is no figure {name!r}: use 'toy-batch' or 'triangle'")
     script = script_path().read_text(encoding='utf-8')
-    words = 'Where scripts run, a figure to drag stands here.'
-    return f'<div data-gini="{name}"><p>{words}</p></div>\n<script>\n{script}</script>'
+    words = 'Where scripts run, this can be dragged.'
+    return f'<div data-gini="{name}">{_STILL[name]}<p>{words}</p></div>\n<script>\n{script}</script>'
 
 # %% ../nbs/61_widgets.ipynb #6d6a90f3
 def toy_batch() -> 'HTML': # for the end of a cell

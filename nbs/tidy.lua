@@ -97,6 +97,22 @@ local function code_below(blocks, k)
   return entries, cells, k
 end
 
+-- A cell that draws by hand shows its figure, and its code when asked. Calls of the package's own plots stay open.
+local function folds_drawing(cell)
+  local figure = false
+  cell:walk { Image = function() figure = true end }
+  if not figure then return cell end
+  return cell:walk { CodeBlock = function(code)
+    local _, lines = code.text:gsub("\n", "")
+    local drawn = code.text:match("subplots%(") or code.text:match("%f[%w]ax%.") or code.text:match("%f[%w]axs?%[")
+    if code.classes:includes("cell-code") and drawn and lines > 3 and not code.attributes["code-fold"] then
+      code.attributes["code-fold"] = "true"
+      code.attributes["code-summary"] = "Code of the figure"
+    end
+    return code
+  end }
+end
+
 function Blocks(blocks)
   local out, k = pandoc.Blocks {}, 1
   while blocks[k] do
@@ -114,7 +130,7 @@ function Blocks(blocks)
       out:extend(entries)
       k = after
     else
-      out:insert(blocks[k])
+      out:insert(is_cell(blocks[k]) and folds_drawing(blocks[k]) or blocks[k])
       k = k + 1
     end
   end

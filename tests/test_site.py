@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -223,6 +224,103 @@ def test_a_figure_enlarges_and_closes_with_the_keyboard(page):
     page.switch_to.active_element.send_keys("\ue00c")
     page.execute_script("document.querySelector('dialog')?.close()")
     assert not page.find_elements("css selector", "dialog[open]")
+
+
+# ---------------------------------------------------------------- tidy.lua, by pandoc
+
+DERIVED = r"""
+## Equation 1
+
+$$a = b \tag{1}$$
+
+In words.
+
+### name
+
+[source](https://github.com)
+
+``` python
+name(x)
+```
+
+What it does.
+
+::: {.cell}
+``` {.python .cell-code code-fold="true"}
+def name(x): return x
+```
+:::
+
+::: {.cell}
+``` {.python .cell-code}
+name(1)
+```
+:::
+
+After it.
+"""
+PICTURE = """
+::: {.cell}
+``` {.python .cell-code}
+fig, ax = plt.subplots()
+ax.plot(x)
+ax.set(title="t")
+ax.legend()
+fig
+```
+
+![](a.svg)
+:::
+"""
+
+
+@pytest.fixture
+def tidy(tmp_path):
+    "Markdown as the filter leaves it, as pandoc's own tree and as HTML"
+    pandoc = shutil.which("pandoc")
+    if pandoc is None:
+        pytest.skip("pandoc is not installed")
+
+    def run(markdown, to="html"):
+        done = subprocess.run(
+            [pandoc, "-f", "markdown", "-t", to, "--mathjax", "--lua-filter", str(NBS / "tidy.lua")],
+            input=markdown,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_a_link_within_the_site_does_not_leave_it(tidy):
+    assert '<a href="a.html#b">' in tidy("[b](https://someone.github.io/gini_loss/a.html#b)")
+
+
+def test_a_link_of_a_name_that_was_linked_before_keeps_the_name_alone(tidy):
+    html = tidy("[[`pull`](https://someone.github.io/gini_loss/a.html#pull)](b.html)")
+    assert html.strip() == '<p><a href="b.html"><code>pull</code></a></p>'
+
+
+def test_arguments_are_marked_for_phones_and_bars_in_code_have_no_backslash(tidy):
+    html = tidy(f"| argument | type |\n|---|---|\n| `x` | `int \\| None` |\n| `y` | {'words ' * 8}|\n")
+    assert 'class="arguments"' in html and "<code>int | None</code>" in html and html.count('class="words"') == 1
+
+
+def test_an_equation_stands_beside_the_code_below_it_and_the_entry_moves_down(tidy):
+    html = tidy(DERIVED)
+    order = ['class="side-by-side"', 'class="words"', r"\tag{1}", "In words.", "def", "(1)", "<h3", "What it does", "After it"]
+    plain = re.sub(r"<span[^>]*>|</span>", "", html.replace('<span class="math display">', ""))
+    places = [plain.index(part) for part in order]
+    assert places == sorted(places)
+    assert "code-fold=&quot;show" in html or 'code-fold="show"' in html
+
+
+def test_code_that_draws_by_hand_is_folded(tidy):
+    assert 'code-fold="true"' in tidy(PICTURE)
+    assert "code-fold" not in tidy(PICTURE.replace("subplots", "other").replace("ax.", "b."))
 
 
 # ---------------------------------------------------------------- the API's pages

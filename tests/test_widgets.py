@@ -3,6 +3,8 @@
 Skipped where there is no Chromium with its driver, or no selenium.
 """
 
+import re
+
 import pytest
 import torch
 
@@ -229,7 +231,20 @@ def test_a_figure_is_one_html_output_that_loads_nothing():
     from gini_loss.widgets import toy_batch, triangle
 
     for html in (toy_batch().data, triangle().data):
+        assert html.count("\n<script>\n") == 1 and html.index("</div>") < html.index("<script>")
         assert html.count("</script>") == 1 and "src=" not in html and "import(" not in html and "fetch(" not in html
     assert script_path().stat().st_size < 30_000
     with pytest.raises(ValueError, match="toy-batch"):
         figure_html("pie")
+
+
+def test_without_scripts_the_toy_batch_is_a_table_of_the_same_numbers():
+    html = figure_html("toy-batch").split("<script>")[0]
+    rows = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td></tr>", html)
+    numbers = lambda k: torch.tensor([[float(v) for v in row[k].split(",")] for row in rows])
+    M, y = torch.tensor([[4.0, 0, 1], [2, 0, 1], [0, 3, 1], [0, 1, 1]]), torch.tensor([0, 0, 1, 1])
+    S = class_means(M, y)
+    assert torch.equal(numbers(1), S) and torch.equal(numbers(2), class_probs(S))
+    assert torch.equal(numbers(3).flatten(), gini_impurity(class_probs(S)))
+    assert f"Gini loss {gini_loss(M, y):.4f}, KL loss {kl_loss(M, y):.4f}" in html
+    assert "<svg" in figure_html("triangle").split("<script>")[0]
