@@ -153,7 +153,7 @@ def _as_type(name, kind, value):
 def _check_choices(c):
     for name, choices in _CHOICES.items():
         value = getattr(c, name)
-        if value not in choices: raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(choices)}")
+        if value not in choices: raise ValueError(f"{name}={value!r} is not known: use one of {', '.join(choices)}")
 
 def _check_bounds(c):
     for f in fields(c):

@@ -699,7 +699,7 @@ def test_without_any_room_the_process_waits_with_what_it_has(tmp_path, monkeypat
     monkeypatch.setattr(engine.time, 'sleep', wait)
     with pytest.warns(UserWarning), pytest.raises(OSError, match='It is in'):
         run(c, tmp_path)
-    assert waited == [60] and 'tried again in a minute' in capsys.readouterr().err
+    assert waited == [60] and 'next try in a minute' in capsys.readouterr().err
     assert (tmp_path / 'checkpoints' / f'{c.run_id}.json').exists()
 
 
@@ -950,9 +950,9 @@ def test_stopped_from_the_keyboard(tmp_path, monkeypatch, capsys, stopped):
     monkeypatch.setattr(engine, 'train', interrupted)
     args = ['--preset', 'test', '--epochs', '3', '--train-per-class', '10', '--results', str(tmp_path), '--checkpoints']
     assert main([*args, str(folder / 'checkpoints')]) == 130
-    assert 'the checkpoint of epoch 0 is there. The same command goes on from there' in capsys.readouterr().err
+    assert 'the checkpoint of epoch 0 is there. The same command continues from there' in capsys.readouterr().err
     assert main([*args, str(tmp_path / 'none')]) == 130
-    assert 'there is no good checkpoint. The same command begins anew' in capsys.readouterr().err
+    assert 'there is no good checkpoint. The same command starts afresh' in capsys.readouterr().err
 
 
 # --- a lock
