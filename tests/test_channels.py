@@ -5,19 +5,11 @@ from torch import nn
 from gini_loss.channels import (Explanation, ablate, channels_of, evaluating, explain, layer_batches, name_channels,
                                 plot_explanation, strongest_images)
 from gini_loss.tap import FeatureTap
+from tiny import hooks
 
 P = torch.tensor([[1., 0], [0, 1], [.5, .5], [0, 0]])
 A = torch.tensor([[4., 0, 1], [2, 0, 1], [0, 3, 1], [0, 1, 1]])
 Y = torch.tensor([0, 0, 1, 1])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 def toy():
@@ -64,10 +56,6 @@ class WithPair(nn.Module):
 
 
 def uniform(c, n): return torch.full((c, n), 1/n)
-
-
-def hooks(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
 
 
 # --- channels_of and name_channels

@@ -25,11 +25,6 @@ from gini_loss.datasets import (CALTECH12, class_folders, find_duplicates, find_
     load_cifar100, load_folder, pack_arrays, read_images, select_classes, split_train_valid, to_rgb, unpack_arrays)
 from gini_loss.files import digest
 
-has_cifar = (fastai_path('data')/'cifar100'/'train').is_dir()
-has_caltech = (fastai_path('data')/'caltech101'/'101_ObjectCategories').is_dir()
-needs_cifar = pytest.mark.skipif(not has_cifar, reason="CIFAR-100 is not in fastai's data folder")
-needs_caltech = pytest.mark.skipif(not has_caltech, reason="Caltech 101 is not in fastai's data folder")
-
 CLASSES = {'trees': ['oak', 'birch'], 'fish': ['shark', 'ray']}
 
 def save_image(path, seed=0, size=(32, 32), mode='RGB'):
@@ -138,7 +133,7 @@ def test_whatever_a_decoder_raises_becomes_an_error_with_the_name(tmp_path, monk
         read_images([tmp_path/'odd.png'], 8)
 
 def test_resizing_averages(tmp_path):
-    "A fine checkerboard shrinks to grey; without antialiasing it would stay black or white."
+    "A fine checkerboard shrinks to grey; without antialiasing it would stay black or white"
     board = (np.indices((128, 128)).sum(0) % 2 * 255).astype(np.uint8)
     Image.fromarray(board).save(tmp_path/'board.png')
     assert abs(read_images([tmp_path/'board.png'], 32)[0].astype(float) - 127.5).max() < 16
@@ -225,7 +220,7 @@ def test_an_old_torchvision_is_not_asked(tmp_path, monkeypatch):
 
 @pytest.fixture
 def reads(monkeypatch):
-    "Counts how often images are read from their files."
+    "Counts how often images are read from their files"
     calls, original = [], datasets.read_images
     monkeypatch.setattr(datasets, 'read_images', lambda *a, **k: calls.append(1) or original(*a, **k))
     return calls
@@ -282,7 +277,7 @@ def forge(file): return file.getvalue()[:-32] + digest(file.getvalue()[:-32]).en
 
 @pytest.mark.parametrize('how', ['header', 'compressed'])
 def test_a_small_file_that_claims_two_gigabytes_takes_no_memory(how):
-    "With a digest that fits: it was made, not damaged"
+    "With a correct digest: the file was forged, not damaged"
     member, file = io.BytesIO(), io.BytesIO()
     n = 2**31 if how == 'header' else 2**25
     np.lib.format.write_array_header_1_0(member, dict(descr='|u1', fortran_order=False, shape=(n,)))
@@ -534,8 +529,7 @@ def test_select_classes():
 
 # ---------------------------------------------------------------- the real sets
 
-@needs_cifar
-def test_real_cifar():
+def test_real_cifar(cifar100_folder):
     data = load_cifar100()
     assert data.train.images.shape == (50_000, 3, 32, 32) and data.test.images.shape == (10_000, 3, 32, 32)
     assert data.train.labels.bincount().tolist() == [500]*100 and data.test.labels.bincount().tolist() == [100]*100
@@ -546,8 +540,7 @@ def test_real_cifar():
     assert (len(find_duplicates(data.train)), len(find_duplicates(data.test)),
             len(find_duplicates(data.train, data.test))) == (14, 2, 10)
 
-@needs_caltech
-def test_real_caltech():
+def test_real_caltech(caltech101_folder):
     images, labels = load_caltech12()
     assert images.shape == (781, 3, 32, 32)
     assert {k: (labels == k).sum().item() for k in labels.unique().tolist()} == dict(CALTECH12.values())

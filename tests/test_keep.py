@@ -1,4 +1,4 @@
-"Networks in files: they come back as they were, and what is not such a file is named before anything is allocated"
+"Saved networks: they load unchanged, and other files raise an error before memory is allocated"
 import json
 import pytest, torch
 from torch import nn
@@ -10,15 +10,6 @@ from gini_loss.models import cvt7, load_network, resnet17, resnet18, resnet50, s
 NETWORKS = {'resnet17': (resnet17, 4), 'resnet18': (resnet18, 4), 'resnet50': (resnet50, 4), 'cvt7': (cvt7, 6)}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def kept(tmp_path):
     path = tmp_path/'net.safetensors'
@@ -27,7 +18,7 @@ def kept(tmp_path):
 
 
 def rewrite(path, change=lambda tensors: tensors, **texts):
-    "The same file with other tensors or texts"
+    "Rewrite the file with other tensors or texts"
     with safe_open(str(path), 'pt') as f: metadata = f.metadata()
     metadata.update({k: v if isinstance(v, str) else json.dumps(v) for k, v in texts.items()})
     save_file(change(load_file(path)), path, metadata={k: v for k, v in metadata.items() if v != 'gone'})

@@ -1,4 +1,5 @@
-"With no argument the callback finds the last stage and the channels of our four networks and of the usual ones of torchvision and timm"
+"""Without arguments the callback finds the last stage and its channels, in our four networks and in common ones of
+torchvision and timm"""
 
 import warnings
 import pytest, torch, torchvision
@@ -24,15 +25,7 @@ from gini_loss.tap import find_channel_dim, find_layer, last_stage
 N = 5  # classes
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', category=UserWarning, module='fastai')
-        yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.filterwarnings('ignore::UserWarning:fastai')
 
 
 def learner(model, size, *cbs, lr=1e-3, m=8, batches=1):
@@ -46,7 +39,7 @@ def learner(model, size, *cbs, lr=1e-3, m=8, batches=1):
 
 
 def run(learn, epochs):
-    "Fit without printing; the recorded values by name, an epoch a row"
+    "Fit without printing; returns the recorded values by name, one dict per epoch"
     with learn.no_logging():
         learn.fit(epochs)
     names = list(learn.recorder.metric_names)[1:-1]
@@ -54,7 +47,7 @@ def run(learn, epochs):
 
 
 def check(model, size, layer, channels, dim):
-    "The layer and the dimension that are found; then one step, whose terms must be those of that layer worked out apart from the callback"
+    "The right layer and dimension are found, and in one step the terms are those of this layer computed by hand"
     assert last_stage(model) == layer
     caught = []
     handle = find_layer(model)[1].register_forward_hook(lambda _, __, out: caught.append(out))
@@ -153,7 +146,7 @@ def test_ours_with_no_argument_at_all(name):
 
 @pytest.mark.parametrize('build', [resnet17, resnet18, resnet50, cvt7])
 def test_the_one_line_with_the_project_s_own_loaders(build):
-    "Loaders, a network of full width, and nothing else; images are random"
+    "Our loaders and a network of full width, with random images"
     labels = torch.arange(8) * 7
     dls = device_dls(
         (torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), labels),
@@ -306,7 +299,7 @@ def test_fastai_s_other_networks():
 
 
 class Hidden(nn.Module):
-    "A classifier that nothing gives away"
+    "A classifier that does not look like one"
 
     def __init__(self):
         super().__init__()
@@ -322,7 +315,7 @@ def test_a_guess_that_comes_out_as_the_logits_is_refused():
         run(learner(net, 8, GiniLossCallback(start_epoch=1)), 1)
     assert not net[1]._forward_hooks
     for layer in ('0', '1'):
-        run(learner(net, 8, GiniLossCallback(layer, start_epoch=0)), 1)  # who names the logits means them
+        run(learner(net, 8, GiniLossCallback(layer, start_epoch=0)), 1)  # the logits are allowed if you name them
 
 
 # ---- torchvision
@@ -379,7 +372,7 @@ def test_torchvision_vit_b_16():
 
 
 def test_torchvision_densenet_is_refused_and_its_last_block_works():
-    "Its forward overwrites the output of `features` by an in-place ReLU: an error that says so, not a loss on other numbers"
+    "Its forward changes the output of `features` with an in-place ReLU: the tap raises an error that says so"
     model = torchvision.models.densenet121(num_classes=N)
     with pytest.raises(RuntimeError, match="'features' was changed in place"):
         run(learner(model, 64, GiniLossCallback(start_epoch=0)), 1)

@@ -13,7 +13,6 @@ pytest.importorskip('fastai')
 transforms = pytest.importorskip('torchvision.transforms')
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import SuggestionMethod
-from fastai.data.external import fastai_path
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
@@ -24,15 +23,6 @@ from gini_loss.loader import (CIFAR100_MEAN, CIFAR100_STD, DeviceLoader, ImageDa
     cifar100_dls, crop_flip, device_dls, rotate)
 
 CIFAR100 = (CIFAR100_MEAN, CIFAR100_STD)
-has_cifar = (fastai_path('data')/'cifar100'/'train').is_dir()
-needs_cifar = pytest.mark.skipif(not has_cifar, reason="CIFAR-100 is not in fastai's data folder")
-
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
 
 def make_set(n=60, c=3, size=32, seed=0):
     g = torch.Generator().manual_seed(seed)
@@ -412,14 +402,12 @@ def test_gpu_gives_the_same_batches_without_synchronising():
 
 # ---------------------------------------------------------------- the real set
 
-@needs_cifar
-def test_real_cifar_dls_hold_no_validation_image_in_training():
+def test_real_cifar_dls_hold_no_validation_image_in_training(cifar100_folder):
     for seed in (0, 2):
         dls = cifar100_dls(seed=seed, device='cpu')
         assert (dls.train.n, dls.valid.n, dls.test.n) == (46_000, 4_000, 10_000) and dls.c == 100
         assert len(find_duplicates(dls.valid.dataset.images, dls.train.dataset.images)) == 0
 
-@needs_cifar
-def test_the_constants_describe_cifar():
+def test_the_constants_describe_cifar(cifar100_folder):
     mean, std = channel_statistics(load_cifar100().train.images)
     assert np.allclose(mean, CIFAR100_MEAN, atol=1e-3) and np.allclose(std, CIFAR100_STD, atol=1e-3)

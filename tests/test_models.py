@@ -1,4 +1,4 @@
-"The four networks: sizes, parameters, gradients, layouts, compilation, errors, and what they must agree with"
+"The four networks: sizes, parameters, gradients, layouts, compilation, errors, and references they must agree with"
 
 import copy, io, pickle, shutil
 import pytest, torch
@@ -32,15 +32,6 @@ TAPPED = {
 }
 FULL = {'resnet17': resnet17, 'resnet18': resnet18, 'resnet50': resnet50, 'cvt7': cvt7}
 every = pytest.mark.parametrize('name', list(NARROW))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 def narrow(name, n_classes=7, **kwargs):
@@ -137,7 +128,7 @@ def test_batch_of_one_trains(name, size):
 
 
 def test_cvt_with_one_key_and_one_image_cannot_normalise_over_the_batch():
-    "At 32×32 the last keys are 1×1: the variance of one number does not exist, and BatchNorm says so instead of training on zeros"
+    "At 32×32 the last keys are 1×1: one number has no variance, and BatchNorm raises an error"
     model = narrow('cvt7').train()
     with pytest.raises(ValueError, match='more than 1 value'):
         model(images(1))
@@ -239,7 +230,7 @@ def test_seed_decides_weights_and_output(name):
 
 @every
 def test_channels_last(name):
-    "In float64: in float32 the gradients of a deep network at its first step differ by rounding alone"
+    "In float64, because rounding alone changes the gradients of a deep network in float32"
     x, y = images(4).double(), torch.arange(4)
     results = []
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -252,7 +243,7 @@ def test_channels_last(name):
 
 @every
 def test_captured_in_one_graph(name):
-    "What torch.compile makes of each network before it generates code, without a graph break; of one per family the backward pass too"
+    "The graph of each network, without a graph break; for one of each family the backward pass too"
     torch._dynamo.reset()
     backend = 'aot_eager' if name in ('resnet18', 'cvt7') else 'eager'
     model, x, y = narrow(name).double(), images(4).double(), torch.arange(4)
@@ -270,7 +261,7 @@ def test_captured_in_one_graph(name):
     reason="torch.compile needs a C++ compiler",
 )
 def test_compiled():
-    "Generated code, for one piece of each family because generating takes long"
+    "Generated code, for one part of each family, because generating takes long"
     torch._dynamo.reset()
     model, x = nn.Sequential(LogitBlock(4, 4), ConvTransformerStage(4, 1, 2, class_token=True)), images(2, 4, 4)
     settle(model, x)
@@ -390,7 +381,7 @@ def test_attention_against_a_loop(class_token, class_query, size):
 
 
 def test_asking_for_the_class_token_alone_changes_nothing_else():
-    "The last block against the same block with every query, of which the class token's row is read"
+    "The last block gives the class token of the same block with every query"
     full, short = ConvTransformerBlock(6, 3).eval(), ConvTransformerBlock(6, 3, class_query=True).eval()
     state = full.state_dict()
     short.load_state_dict(
@@ -413,7 +404,7 @@ def test_embedding_is_a_normalised_map():
 
 
 def test_a_stage_keeps_the_map_in_place():
-    "With attention switched off, a token of the output depends on the token at the same place alone"
+    "Without attention, a token of the output depends only on the token at the same position"
     stage = ConvTransformerStage(4, 1, 2).eval()
     nn.init.zeros_(stage.blocks[0].attention.out.weight)
     x = torch.randn(1, 4, 3, 5)
@@ -514,9 +505,9 @@ def test_cvt_needs_three_pixels():
 
 
 def test_wrong_number_of_stages():
-    with pytest.raises(ValueError, match='depths must name four stages, got 2'):
+    with pytest.raises(ValueError, match='depths must have four numbers, one per stage, got 2'):
         ResNet(BasicBlock, (2, 2))
-    with pytest.raises(ValueError, match='three stages, got 3 channels, 3 depths and 2 heads'):
+    with pytest.raises(ValueError, match='three numbers each, one per stage, got 3, 3 and 2'):
         CvT((2, 4, 6), (1, 2, 4), (1, 2))
     with pytest.raises(ValueError, match='depth must be at least 1, got 0'):
         ResNet(BasicBlock, (1, 1, 0, 1))

@@ -16,12 +16,8 @@ Y = torch.tensor([0, 1, 0, 2, 1, 2])
 
 
 @pytest.fixture(autouse=True)
-def quiet():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+def no_figures_left():
     yield
-    torch.set_num_threads(before)
     plt.close('all')
 
 

@@ -1,7 +1,8 @@
-"""What a training loop does to the loss, and what becomes of its value and gradient: the table of nbs/51_robustness.ipynb, row by row.
+"""Value and gradient of the loss in all kinds of training loops: the table of nbs/51_robustness.ipynb, row by row.
 
-Further rows are checked in test_losses.py (precision, layouts, bad input), test_tap.py (hooks, compilation, checkpointing, copies),
-test_distributed.py (several processes), test_running.py (small batches) and test_files.py (fuzz of records, checkpoints and studies).
+Further rows are checked in test_losses.py (precision, layouts, bad input), test_tap.py (hooks, compilation,
+checkpointing, copies), test_distributed.py (several processes), test_running.py (small batches) and test_files.py (fuzz
+of records, checkpoints and studies).
 """
 
 import copy, gc, pickle, warnings, weakref
@@ -41,17 +42,10 @@ from gini_loss import health
 from gini_loss.callback import GiniLossCallback, mixed_targets
 from gini_loss.losses import GiniKLLoss, Measured
 from gini_loss.tap import FeatureTap
+from tiny import Pairs, hooks
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        yield
-    torch.set_num_threads(before)
-    torch._dynamo.reset()
+pytestmark = [pytest.mark.usefixtures('fresh_compiler'), pytest.mark.filterwarnings('ignore')]
 
 
 N, M = 4, 64  # classes, images
@@ -60,11 +54,6 @@ Y = torch.arange(M) % N
 X = torch.randn(M, 3, 6, 6, generator=_g)
 for _i, _k in enumerate(Y):
     X[_i, :, 3 * (_k // 2) : 3 * (_k // 2) + 3, 3 * (_k % 2) : 3 * (_k % 2) + 3] += 1
-
-
-class Pairs(list):
-    def new_empty(self):
-        return Pairs()
 
 
 class Loader(DataLoader):
@@ -122,10 +111,6 @@ def weights(model):
     return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
 
 
-def hooks(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
-
-
 def columns(learn):
     return [m.name for m in learn.metrics]
 
@@ -148,13 +133,13 @@ def relative(got, expected):
 
 @pytest.fixture(scope='module')
 def trained():
-    "The weights after two epochs with the terms, nothing else going on"
+    "The weights after two epochs with the terms and nothing else"
     torch.set_num_threads(1)
     return fit(get_learner(terms()), 2)
 
 
 class KeepGrad(Callback):
-    "The gradient as the optimizer gets it"
+    "Keeps the gradient that the optimizer gets"
 
     order = 20
 
@@ -212,7 +197,7 @@ def fit_against_float64(learn, cb, keep, dtype, tolerance):
     'mode,dtype,tolerance', [(AMPMode.FP16, torch.float16, 1e-3), (AMPMode.BF16, torch.bfloat16, 1e-2)]
 )
 def test_autocast_and_gradscaler(mode, dtype, tolerance):
-    "Half activations come in, float32 terms go out, right to the precision of the input; the scaler reaches the terms"
+    "Half-precision activations give float32 terms, right to the precision of the input; the scaler scales them too"
     cb, keep = terms(), KeepGrad()
     learn = get_learner(OnCPU(mode), cb, keep, loss=zero_loss, lr=0.0)
     fit_against_float64(learn, cb, keep, dtype, tolerance)
@@ -221,7 +206,7 @@ def test_autocast_and_gradscaler(mode, dtype, tolerance):
 
 @pytest.mark.parametrize('how', ['to_fp16', 'to_bf16'])
 def test_mixed_precision_as_a_user_switches_it_on(how):
-    "On a machine without CUDA fastai's switches do nothing, and must not disturb the terms either"
+    "Without CUDA, fastai's switches do nothing and do not change the terms"
     learn = get_learner(terms())
     getattr(learn, how)()
     assert torch.isfinite(fit(learn)).all() and clean(learn) and learn.recorder.values[0][-2] > 0
@@ -280,7 +265,7 @@ ORDERS = {
 
 @pytest.mark.parametrize('name', ORDERS)
 def test_gain_is_one(name):
-    "Whatever scales the loss scales the terms alike, in whatever order the callbacks are given"
+    "Callbacks that scale the loss scale the terms too, in any order of the callbacks"
     keep = KeepGrad()
     learn = get_learner(*ORDERS[name](terms()), keep, loss=zero_loss, lr=0.0)
     fit(learn)
@@ -312,7 +297,8 @@ LABELS = {
 @pytest.mark.parametrize('loss', LABELS)
 @pytest.mark.parametrize('mix', [None, MixUp, CutMix])
 def test_the_term_sees_the_labels_of_the_mixed_images(mix, loss):
-    "Recomputed from what the mixing callback has drawn. A smoothing inside the loss function is its own business: the terms take the labels that are fed"
+    """Recomputed from the random numbers of the mixing callback. Label smoothing inside the loss function does not
+    affect the terms, which use the labels of the batch"""
     func, one_hot = LABELS[loss]
 
     class Spy(Callback):
@@ -343,7 +329,7 @@ def test_the_term_sees_the_labels_of_the_mixed_images(mix, loss):
 
 @pytest.mark.parametrize('running', [None, 3])
 def test_ignored_labels_among_mixed_ones(running):
-    "An image mixed of a class and of nothing counts with the share of the class"
+    "An image mixed with one that has no class counts with the share of its class"
     dls = get_dls()
     y = Y.clone()
     y[::5] = -100
@@ -354,7 +340,7 @@ def test_ignored_labels_among_mixed_ones(running):
 
 @pytest.mark.parametrize('mix', [MixUp, CutMix])
 def test_mixed_labels_do_not_grow_with_the_number_of_classes(mix):
-    "The callback makes no matrix of all classes: a million cost the bytes of many, and give the numbers of few"
+    "No matrix of all classes is made: with a million classes, values are the same and memory does not grow"
     found = {}
     for n in (1000, 10**6):
         learn, mixer = get_learner(), mix()
@@ -392,7 +378,8 @@ def test_mixed_labels_do_not_grow_with_the_number_of_classes(mix):
 
 
 def test_on_a_gpu_the_callback_looks_for_what_is_not_finite_itself():
-    "A check that fails on a GPU would end the process's use of it: there the loss is told not to check, after_train does, and names the layer. On the CPU the loss says it at once"
+    """A failed device assert would poison the CUDA context, so on a GPU `after_train` checks the values and names the
+    layer. On the CPU the loss raises at once"""
     seen = []
     for on_gpu in (False, True):
         cb = terms()
@@ -458,7 +445,7 @@ def test_what_comes_before_a_fit_leaves_it_alone(use, trained, tmp_path):
 
 @pytest.mark.parametrize('event', ['after_batch', 'after_train', 'before_validate', 'after_epoch'])
 def test_evaluation_inside_a_fit_leaves_it_alone(event, trained):
-    "Nested validate and get_preds at different moments: the same weights as without"
+    "Nested validate and get_preds at different moments do not change the weights"
 
     class Evaluate(Callback):
         order, run_valid, inside, n = 40, False, False, 0
@@ -503,7 +490,7 @@ def test_several_fits_and_schedules(tmp_path):
 
 
 def test_layers_in_front_of_the_tap_that_are_frozen():
-    "Nothing in front of the tap learns: the terms have no gradient to give, and training goes on as without them"
+    "If nothing before the tap is trained, the terms have no gradient, and training goes on as without them"
     models = [get_model() for _ in range(2)]
     for m in models:
         for p in m[:4].parameters():
@@ -560,11 +547,11 @@ EVENTS = [
 
 @pytest.mark.parametrize('error', ERRORS, ids=lambda e: e.__name__)
 def test_after_an_interruption_the_next_fit_is_right(error, trained):
-    "At any moment of the loop: no hook and no column stay, and the same learner then trains to the same weights as a fresh one"
+    "At any moment of the loop: no hook and no column is left, and the learner then trains like a new one"
     for event in EVENTS:
         for order in (1, 30):
             if error is CancelEpochException and event == 'before_epoch':
-                continue  # fastai's Recorder does not take that
+                continue  # fastai's Recorder fails there
             bad = Callback()
             bad.order, bad.run_valid = order, False
 
@@ -597,7 +584,7 @@ def test_a_layer_that_fails_in_its_forward_pass(error, trained):
 
 
 def test_a_callback_that_fails_before_the_fit():
-    "What stays until then is taken away by the next fit: no hook was there yet"
+    "The next fit removes what is left until then: there was no hook yet"
 
     class Fail(Callback):
         order = 50
@@ -640,7 +627,7 @@ def test_a_thousand_steps_keep_nothing():
 
 
 class LiveBytes(TorchDispatchMode):
-    "Bytes of the storages that were made and have not been freed, by whomever they are held: Python, autograd, or another tensor"
+    "Bytes of all storages that are still alive, whether Python, autograd or another tensor holds them"
 
     def __init__(self):
         super().__init__()
@@ -696,7 +683,7 @@ def test_a_thousand_steps_of_a_learner_keep_no_more_than_without_the_terms():
 
 
 def test_what_grows_is_seen():
-    "The test above can fail: a number kept in each step, or the graph behind it"
+    "The test above fails if a number, or its graph, is kept in each step"
 
     class Keep(Callback):
         run_valid = False
@@ -761,7 +748,7 @@ def test_a_compiled_model_trains_to_the_same_weights(when, trained):
 
 
 def test_a_model_that_was_compiled_and_run_before_gives_the_same_or_an_error(trained):
-    "Compiled code may ignore a hook that comes later: then the fit says so, and never trains without the terms unnoticed"
+    "Compiled code may ignore hooks that are added later: the fit then raises, and never trains without the terms"
     net = get_model()
     model = torch.compile(net, backend='aot_eager')
     model(X[:16])
@@ -775,12 +762,8 @@ def test_a_model_that_was_compiled_and_run_before_gives_the_same_or_an_error(tra
     assert hooks(net) == 0
 
 
-def test_reduce_overhead():
+def test_reduce_overhead(code_generator):
     "torch.compile's own code generator, in the mode that uses CUDA graphs where there is CUDA"
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(2))
-    except Exception as e:
-        pytest.skip(f"torch.compile does not work here ({type(e).__name__})")
     found = []
     for compiled in (False, True):
         net = get_model()
@@ -822,7 +805,7 @@ SYNC = (
 )
 @pytest.mark.parametrize('soft', [False, True])
 def test_the_traced_graph_waits_for_no_device(kwargs, soft):
-    "One graph forwards and one backwards, of static shapes, without an operation that reads a value back; the checks are asserted in it"
+    "One forward and one backward graph of static shapes, in which no operation reads a value; checks are asserts in it"
     from torch._dynamo.backends.common import aot_autograd
     from functorch.compile import make_boxed_func
 
@@ -857,7 +840,7 @@ def test_the_traced_graph_waits_for_no_device(kwargs, soft):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_graph():
-    "Captured once, replayed on other numbers: value and gradient of an ordinary call"
+    "Captured once and replayed on other numbers, it gives the value and gradient of an ordinary call"
     loss, y = GiniKLLoss(n_classes=N), Y.cuda()
     A = torch.rand(M, 8, device='cuda').requires_grad_()
     side = torch.cuda.Stream()
@@ -887,7 +870,7 @@ def test_channels_last(trained):
 
 
 class Odd(nn.Module):
-    "The network of `get_model` whose middle is one module with an output, or a use, of another kind"
+    "The network of `get_model` with a middle module that returns or is used in another way"
 
     def __init__(self, kind):
         super().__init__()
@@ -965,7 +948,7 @@ def test_layers_that_cannot_be_tapped_end_the_fit_with_a_reason(kind, message):
 
 
 def test_an_average_of_the_weights_made_during_the_fit(trained):
-    "A deep copy in the middle of a batch, and one in the middle of an epoch, evaluated while the fit goes on"
+    "Deep copies in the middle of a batch and of an epoch, evaluated during the fit"
 
     class Average(Callback):
         order, run_valid = 30, False
@@ -1028,7 +1011,7 @@ def graph_of(model):
 
 
 def test_inference_costs_nothing():
-    "After the fit the network's graph is, node for node, that of one that never saw the loss: no hook, no buffer, no operation more"
+    "After the fit, the network has the same graph as one without the loss, node for node"
     learn = get_learner(terms(layer=['1', '3']))
     fit(learn)
     program, graph = graph_of(learn.model)
@@ -1065,7 +1048,7 @@ def test_the_callback_itself_copies_and_pickles():
 
 
 def told(learn, n=1):
-    "What the callback warned of, without the start of each message"
+    "The warnings of the callback"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         fit(learn, n)
@@ -1087,14 +1070,14 @@ def one_class_first():
 
 
 class Constant(nn.Module):
-    "Channels that answer alike to everything; learns nothing"
+    "Channels that fire equally for everything"
 
     def forward(self, x):
         return torch.ones_like(x) + 0 * x
 
 
 class Forced(nn.Module):
-    "Channels that answer to the given classes alone, read off the colour of the images"
+    "Channels that fire only for the given classes, which it reads from the colour of the images"
 
     def __init__(self, per_channel):
         super().__init__()
@@ -1119,11 +1102,11 @@ STUCK = {
     ),
     'collapsed': (
         lambda: get_learner(terms(), model=Forced([2] * 6), lr=0.0),
-        "all channels fire for one and the same class",
+        "all channels fire for the same class",
     ),
     'collapsed, reversed': (
         lambda: get_learner(terms(reverse_kl=True), model=Forced([2] * 6), lr=0.0),
-        "all channels fire for one and the same class",
+        "all channels fire for the same class",
     ),
     'pure': (lambda: get_learner(terms(), model=Forced([0, 1, 2, 3]), lr=0.0), "each channel fires for a single class"),
     'started too late': (lambda: get_learner(terms(start_epoch=3)), "this fit ends with epoch 1"),
@@ -1158,7 +1141,7 @@ def test_it_does_not_warn_of_terms_that_are_off():
     ids=str,
 )
 def test_no_false_warning(kwargs):
-    "Ordinary training: none in four epochs, nor in lr_find, with a dead channel or two"
+    "No warning in four epochs of ordinary training, nor in lr_find, with a dead channel or two"
     learn = get_learner(terms(**kwargs), dls=get_dls(shuffle=True), model=dead_model(0.2))
     assert told(learn, 4) == []
 
@@ -1173,7 +1156,7 @@ def test_no_false_warning_in_lr_find(tmp_path):
 
 
 class NoWaiting(torch.utils._python_dispatch.TorchDispatchMode):
-    "Any operation that reads a value back, or whose shape depends on values, is an error"
+    "Raises for operations that read a value or whose shape depends on values"
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert not any(s in str(func) for s in SYNC), f"{func} waits for the device"
@@ -1182,7 +1165,7 @@ class NoWaiting(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize('running', [None, 3])
 def test_judging_waits_for_no_device_in_a_step(running):
-    "What the warnings need is added up on the device; it is read once an epoch"
+    "The sums for the warnings stay on the device and are read once per epoch"
     cb = terms(running=running)
     learn = get_learner(cb)
     fit(learn)
@@ -1207,7 +1190,7 @@ def test_no_false_warning_in_the_demonstration():
 
 
 def test_judging_goes_by_the_labels_of_all_processes():
-    "The label mass that was summed over them: one class here is not one class everywhere, and n is that of the whole batch"
+    "The label mass is summed over processes: one class here may be several in the whole batch, and so is n"
     live, gini, kl = torch.ones(3, dtype=torch.bool), torch.tensor(0.75), torch.tensor(0.0)
     usable, g, flat, one = health.batch_signs(Measured(gini, kl, live, torch.tensor([2.0, 1, 1, 0, 1])))
     assert usable == 1 and g == 0.75 and flat == 0
@@ -1219,7 +1202,7 @@ def test_judging_goes_by_the_labels_of_all_processes():
 
 @pytest.mark.parametrize('skipped', [0, 20])
 def test_judging_some_batches_of_an_epoch(skipped, monkeypatch):
-    "The first sixteen and one of sixteen after that, and always the first that is trained on; the two terms are means over all"
+    "The first sixteen batches, every sixteenth after that, and the first that is trained on; the terms average over all"
     judged, seen = [], []
     real = health.batch_signs
     monkeypatch.setattr(health, 'batch_signs', lambda measured: judged.append(cb.learn.iter) or real(measured))

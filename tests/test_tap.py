@@ -1,4 +1,4 @@
-"What a tap does under compilation, data parallelism, tuples and dicts, in-place work, errors, copies and checkpointing."
+"A tap with compilation, data parallelism, tuples and dicts, in-place changes, errors, copies and checkpointing"
 
 import copy, gc, io, pickle, threading, weakref
 from collections import OrderedDict
@@ -13,36 +13,21 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from gini_loss.losses import GiniKLLoss
 from gini_loss.tap import FeatureTap, find_channel_dim, find_layer, last_stage
+from tiny import hooks
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
-@pytest.fixture(autouse=True)
-def seed_and_forget():
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures('fresh_compiler')
 
 
 def make_net(inplace=False):
     return nn.Sequential(nn.Linear(3, 8), nn.ReLU(inplace), nn.Linear(8, 6), nn.ReLU(inplace), nn.Linear(6, 4))
 
 
-def hooks(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
-
-
 X, Y = torch.randn(8, 3, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 4
 
 
 class Tokens(nn.Module):
-    "A layer that returns what `kind` says: a tuple, a dict or a list"
+    "A layer that returns a tuple, a dict or a list, as `kind` says"
 
     def __init__(self, kind):
         super().__init__()
@@ -65,7 +50,7 @@ class Head(nn.Module):
 
 
 def expected_gradients(net, layers=4):
-    "The step without a tap: the network cut in two by hand"
+    "The gradients of a step without a tap, with the network cut in two by hand"
     net = copy.deepcopy(net)
     A = net[:layers](X)
     loss = cross_entropy(net[layers:](A), Y) + GiniKLLoss()(A, Y)
@@ -74,7 +59,7 @@ def expected_gradients(net, layers=4):
 
 
 def check_step(model, net, tap, forward=None, layers=4):
-    "One step through the tap has the loss and the gradients of the step by hand"
+    "A step through the tap has the loss and the gradients of the step by hand"
     net.zero_grad()
     loss = cross_entropy((forward or model)(X), Y)
     loss = loss + GiniKLLoss()(tap.pop(), Y)
@@ -106,7 +91,7 @@ def test_tap_before_the_first_call_of_a_compiled_model(name):
 
 
 def test_a_compiled_step_is_compiled_once():
-    "The tap must not make each step a new graph"
+    "The tap does not cause a new graph in each step"
     net, compiled = make_net(), []
 
     def backend(graph, inputs):
@@ -122,7 +107,7 @@ def test_a_compiled_step_is_compiled_once():
 
 
 def test_a_tap_that_comes_too_late_for_a_compiled_model_says_so():
-    "Compiled code ignores a hook added later; a step in which the tap saw nothing must not pass silently"
+    "Compiled code ignores hooks that are added later; a step without activations must raise an error"
     net = make_net()
     model = torch.compile(net, backend='aot_eager')
     model(X)
@@ -139,7 +124,8 @@ def test_a_tap_that_comes_too_late_for_a_compiled_model_says_so():
 
 
 def test_a_model_of_the_same_classes_compiled_before_without_a_tap():
-    "A baseline first: torch may give the second model the first one's code, which has no hook. Then the tap says what to do, and that works"
+    """After a baseline, torch may run the second model with the code of the first, which has no hook. Then the error of
+    the tap says what to do, and that works"""
     torch.compile(make_net(), backend='aot_eager')(X)
     net = make_net()
     model = torch.compile(net, backend='aot_eager')
@@ -156,7 +142,7 @@ def test_a_model_of_the_same_classes_compiled_before_without_a_tap():
 
 
 def test_in_place_work_behind_a_layer_of_a_compiled_model():
-    "In a graph the tap hands out what the layer returned, not what became of it"
+    "In a graph the tap returns the output of the layer as it was before later in-place changes"
     net = make_net(inplace=True)
     model = torch.compile(net, backend='aot_eager')
     with FeatureTap(model, '2') as tap:
@@ -191,7 +177,7 @@ def test_compiled_layer_with_a_tuple():
 
 
 def test_names_through_wrappers(tmp_path):
-    "A name means the same layer whatever the model is wrapped in, and a wrapper's own name for it works too"
+    "A name means the same layer in every wrapper, and the wrapper's own name for it works too"
     net = make_net()
     torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/init', rank=0, world_size=1)
     try:
@@ -280,7 +266,7 @@ def test_channel_dim(shape, widths, expected):
 
 
 class Forwards(nn.Module):
-    "As Fabric, PEFT and Opacus do it: what the wrapper does not have is looked up in the module inside"
+    "As in Fabric, PEFT and Opacus: attributes that the wrapper does not have are looked up in the module inside"
 
     def __init__(self, inner, **others):
         super().__init__()
@@ -341,7 +327,7 @@ WRAPPED = dict(
 
 @pytest.mark.parametrize('make', WRAPPED.values(), ids=WRAPPED)
 def test_wrappers_are_found_and_looked_up_in_one_way(make):
-    "The default layer, a name, the wrapper's own spelling of it, the module itself: the same layer, and its output"
+    "The default, a name, the wrapper's own spelling and the module itself mean the same layer, and its output is kept"
     model = make()
     name, module = find_layer(model)
     assert name == last_stage(model) == '3' and find_layer(model, '3') == find_layer(model, module) == ('3', module)
@@ -355,7 +341,7 @@ def test_wrappers_are_found_and_looked_up_in_one_way(make):
 
 @pytest.mark.parametrize('make', WRAPPED.values(), ids=WRAPPED)
 def test_hints_name_layers_that_exist(make):
-    "Each name of the hint, and each that `named_modules` lists, can be used"
+    "All names in the hint, and all names of `named_modules`, can be used"
     model = make()
     with pytest.raises(ValueError, match="did you mean") as e:
         find_layer(model, '33')
@@ -392,7 +378,7 @@ def test_fsdp(tmp_path):
 
 
 def test_every_name_of_a_module_works():
-    "A module that is registered twice has two names; the tap has the one it was given"
+    "A module that is registered twice has two names; the tap keeps the one that was passed"
 
     class Twins(nn.Module):
         def __init__(self):
@@ -550,7 +536,7 @@ def test_an_output_without_a_tensor_and_a_select_that_finds_none():
 
 @pytest.mark.parametrize('kind', ['Record', 'Plain', 'object in a dict'])
 def test_in_place_work_behind_an_object(kind):
-    "An object whose tensor is changed later: what select returns is watched, whatever it came in"
+    "In-place changes of the tensor that `select` returned are detected in any kind of object"
     pick = dict(Record=lambda o: o.hidden, Plain=lambda o: o.hidden).get(kind, lambda o: o['out'].hidden)
 
     class Net(nn.Module):
@@ -573,7 +559,7 @@ def test_in_place_work_behind_an_object(kind):
 
 
 def test_select_sees_what_the_layer_returned():
-    "Not what became of the object afterwards"
+    "The tap keeps what `select` returned, even if the object changes later"
 
     class Net(nn.Module):
         def __init__(self):
@@ -673,7 +659,7 @@ def test_two_taps_and_two_layers():
 
 
 def test_a_tap_that_threads_share_never_returns_the_others_activations():
-    "Each asks for its own; it gets these or an error. The one that attached the tap works"
+    "A thread gets its own activations or an error. The thread that attached the tap gets them"
     net, got = make_net(), {1: [], 2: []}
     inputs = {k: torch.full((4, 3), float(k)) for k in (1, 2)}
     expected = {k: net[:4](x).detach() for k, x in inputs.items()}
@@ -791,11 +777,11 @@ def test_attach_and_detach_may_be_repeated():
     other = net[3].register_forward_hook(lambda *args: None)
     with tap:
         assert hooks(net) == 2
-    assert list(net[3]._forward_hooks) == [other.id]  # another's hook is left alone
+    assert list(net[3]._forward_hooks) == [other.id]  # the hook of another is still there
 
 
 def test_activations_die_after_the_step():
-    "A tap that is kept for a whole training holds nothing between steps, and leaves no cycle for the collector"
+    "A tap that is attached for a whole training keeps nothing between steps, and leaves no reference cycles"
     net = make_net()
     gc.collect()
     gc.disable()
@@ -822,7 +808,7 @@ def test_activations_die_after_the_step():
 
 @pytest.mark.parametrize('how', ['deepcopy', 'pickle', 'save'])
 def test_copies_of_a_tapped_model(how):
-    "A copy does not write into the tap, whether it runs before or after the original"
+    "A copy of the model does not write into the tap, whether it runs before or after the original"
     net = make_net()
     expected = net[:4](X)
     with FeatureTap(net, '3') as tap:
@@ -847,7 +833,7 @@ def test_copies_of_a_tapped_model(how):
 
 
 def test_averaged_weights():
-    "An exponential moving average is a deep copy made in the middle of training, evaluated while the tap listens"
+    "An exponential moving average is a deep copy, made during training and evaluated while the tap is attached"
     net = make_net()
     with FeatureTap(net, '3') as tap:
         ema = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
@@ -910,7 +896,7 @@ def test_autocast_and_layers_that_do_not_train():
     'twin_of', [copy.deepcopy, lambda tap: pickle.loads(pickle.dumps(tap))], ids=['deepcopy', 'pickle']
 )
 def test_copies_of_a_tap_start_detached_and_work(twin_of):
-    "A learner that is exported in the middle of a fit pickles its taps too"
+    "A learner that is exported during a fit pickles its taps too"
     net = make_net()
     with FeatureTap(net, '3') as tap:
         net(X)
@@ -954,7 +940,7 @@ def test_columns_of_pixels_are_not_taken_for_channels(layer):
 
 
 def test_channels_last_are_found_beside_a_convolution():
-    "A stem of convolutions in front of blocks that keep the channels last"
+    "A stem of convolutions before blocks with the channels last"
 
     class Last(nn.Module):
         def __init__(self):
