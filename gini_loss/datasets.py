@@ -25,6 +25,7 @@ from pathlib import Path
 
 from .extras import need_extra
 from .files import describe_error, digest, remove_leftovers, write_whole
+from .targets import check_count
 need_extra('replication', 'fastai', 'numpy', 'PIL')
 
 import numpy as np
@@ -351,8 +352,7 @@ def split_train_valid(
     images: torch.Tensor | None = None # (N, ...) the images; an image with a copy stays in training
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Sorted int64 indices of the training and of the validation images. ValueError if a class is too small"
-    labels, seed = check_labels(labels).cpu(), check_seed(seed)
-    if per_class < 1: raise ValueError(f"per_class must be at least 1, got {per_class}")
+    labels, seed, per_class = check_labels(labels).cpu(), check_seed(seed), check_count(per_class, 'per_class')
     may_leave = torch.ones(len(labels), dtype=torch.bool)
     if images is not None:
         _check_same_length(images, labels)
@@ -385,7 +385,7 @@ def load_caltech12(
     "The 781 images of the twelve categories, labelled as in CIFAR-100. FileNotFoundError, ValueError if any is missing"
     folder = fastai_path('data') if root is None else _given_path(root, 'Caltech 101')
     path = folder/'caltech101'/'101_ObjectCategories'
-    _check_size(size)
+    check_count(size, 'size')
     if not path.is_dir(): _download_caltech101(folder) if download else _raise_no_caltech101(path)
     files = _caltech12_files(path)
     labels = np.repeat([label for label, _ in CALTECH12.values()], [count for _, count in CALTECH12.values()])
@@ -403,8 +403,6 @@ def _caltech12_files(path):
     raise ValueError(f"expected {sum(expected.values())} images in the twelve categories of {path}, "
                      f"found {len(found)} ({'; '.join(wrong)}): unpack or download them again")
 
-def _check_size(size):
-    if size < 1: raise ValueError(f"size must be at least 1 pixel, got {size}")
 
 # %% ../nbs/20_datasets.ipynb #99a365d4
 _CALTECH101_URL = 'https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip'
@@ -510,9 +508,8 @@ def load_folder(
 ) -> FolderSet:
     "Images in class folders, by class and file name. FileNotFoundError, NotADirectoryError, ValueError for bad files"
     seed = check_seed(seed)
-    _check_size(size)
-    if max_per_class is not None and max_per_class < 1:
-        raise ValueError(f"max_per_class must be at least 1, or None for all, got {max_per_class}")
+    check_count(size, 'size')
+    if max_per_class is not None: check_count(max_per_class, 'max_per_class')
     folders = class_folders(path)
     place = {o.name: k for k, o in enumerate(folders)}
     names = list(place) if classes is None else _check_wanted(classes, place, path)

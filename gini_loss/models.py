@@ -6,27 +6,19 @@
 __all__ = ['ResNet', 'resnet18', 'PartSummary', 'summarize', 'resnet50', 'LogitBlock', 'resnet17', 'ConvTokenEmbedding', 'ConvProjection', 'ConvAttention', 'ConvTransformerBlock', 'ConvTransformerStage', 'CvT', 'cvt7', 'save_network', 'SavedNetwork', 'load_network']
 
 # %% ../nbs/21_resnets.ipynb #30dc847b
-from numbers import Integral
 from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from .extras import need_extra; need_extra('replication', 'torchvision')
+from .targets import check_count
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 # %% ../nbs/21_resnets.ipynb #4b62d093
-def _check_count(name, value, least):
-    "`value` as an int. TypeError unless it is an integer, ValueError if it is less than `least`"
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
-    if value < least: raise ValueError(f"{name} must be at least {least}, got {value}")
-    return int(value)
-
 def _check_sizes(n_classes, width, in_channels):
     "The three sizes that all four networks have, checked"
-    return (_check_count('n_classes', n_classes, 2), _check_count('width', width, 1),
-            _check_count('in_channels', in_channels, 1))
+    return check_count(n_classes, 'n_classes', 2), check_count(width, 'width'), check_count(in_channels, 'in_channels')
 
 def _check_images(x, in_channels, least=1):
     "Raise an error unless `x` is a floating-point batch of images (m, in_channels, h, w)"
@@ -63,7 +55,7 @@ class ResNet(nn.Module):
         channels = width
         for i, depth in enumerate(depths):
             planes, blocks = width * 2**i, []
-            for j in range(_check_count('depth', depth, 1)):
+            for j in range(check_count(depth, 'depth')):
                 stride = 2 if i > 0 and j == 0 else 1
                 same = stride == 1 and channels == planes * block.expansion
                 shortcut = None if same else _projection(channels, planes * block.expansion, stride)
@@ -272,7 +264,7 @@ class ConvTransformerStage(nn.Module):
         class_token: bool = False, # add a class token in front, and return only this token
     ) -> None:
         super().__init__()
-        depth = _check_count('depth', depth, 1)
+        depth = check_count(depth, 'depth')
         only_class = [class_token and i == depth - 1 for i in range(depth)]
         self.blocks = nn.ModuleList(ConvTransformerBlock(channels, heads, last) for last in only_class)
         self.class_token = nn.Parameter(torch.zeros(1, 1, channels)) if class_token else None
