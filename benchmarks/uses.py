@@ -1,34 +1,19 @@
-"""What the channels of trained networks are good for: reads the networks that `gini_study twelve --weights FOLDER` keeps, measures each, writes a table.
+"""What the channels of trained networks are good for: a table from the networks of `gini_study twelve --weights FOLDER`.
 
     python benchmarks/uses.py weights --out results/twelve-uses.csv
 
-Which class a channel stands for is read from the training images, everything else is measured on the test images.
+The class that a channel stands for is read from the training images; everything else is measured on the test images.
 """
 
-import argparse, json
+import argparse
 from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors import safe_open
 
 from gini_loss.channels import ablate, channels_of, explain
-from gini_loss.config import Config
 from gini_loss.plots import inspect_layer
-from gini_loss.train import build_model, load_images
-
-
-def read_network(path):
-    "The network in a file and its `Config`"
-    with safe_open(path, 'pt') as file:
-        config = Config(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(file.metadata()['config']).items()}
-        )
-        classes = json.loads(file.metadata()['classes'])
-        weights = {name: file.get_tensor(name) for name in file.keys()}
-    model = build_model(config, len(classes))
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
-    return model.eval(), config, classes
+from gini_loss.train import load_images, load_run
 
 
 def logits_of(model, x):
@@ -40,7 +25,7 @@ def recalls(logits, y, n):
 
 
 def switched_off(model, probs, x, y, n):
-    "Recall that a class loses without its channels, and that the other classes lose: means over the classes"
+    "Recall that a class loses without its channels, and recall that the others lose: means over the classes"
     before, own, others = recalls(logits_of(model, x), y, n), [], []
     for k in range(n):
         with ablate(model, channels_of(probs, k)):
@@ -67,10 +52,10 @@ def retrieval(M, y, k=10):
 @torch.no_grad()
 def measure(path, root=None):
     "A row of the table for one network"
-    model, config, classes = read_network(path)
+    model, transform, classes, config = load_run(path)
     train, _, test, _ = load_images(config, root)
     n, y = len(classes), test.labels
-    x_train, x = train.images.float() / 255, test.images.float() / 255
+    x_train, x = transform(train.images), transform(test.images)
     probs = inspect_layer(model, list(zip(x_train.split(300), train.labels.split(300))), n_classes=n).diagnostics.probs
     seen = inspect_layer(model, list(zip(x.split(300), y.split(300))), n_classes=n)
     own, others = switched_off(model, probs, x, y, n)
@@ -93,7 +78,7 @@ def measure(path, root=None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('folder', help='networks, as `gini_study twelve --weights FOLDER` keeps them')
+    parser.add_argument('folder', help='folder of networks that `gini_study twelve --weights FOLDER` kept')
     parser.add_argument('--data-root', default=None, help="folder of CIFAR-100 (fastai's data folder)")
     parser.add_argument('--out', default='uses.csv')
     args = parser.parse_args()

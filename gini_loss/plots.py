@@ -63,14 +63,11 @@ def inspect_layer(
 def layer_diagnostics(
     model: nn.Module, # the network; each module returns to its own mode
     dl: Iterable, # batches (x, y): inputs on any device, labels (m,) int64
-    layer: str | nn.Module | None = None, # dotted name or module; None: the last stage before the classifier
-    n_classes: int | None = None, # number of classes; None: the largest label plus one
-    n_batches: int | None = None, # stop after so many batches; None: all
-    rectify: str = 'abs', # what to do with activations below zero, as in `GiniKLLoss`
-    channel_dim: int | None = None, # the dimension that holds the channels; None: found with `find_channel_dim`
+    *arguments: Any, # further arguments of `inspect_layer`
+    **options: Any, # by name
 ) -> Diagnostics:
     "`inspect_layer(...).diagnostics`, if you need nothing else"
-    return inspect_layer(model, dl, layer, n_classes, n_batches, rectify, channel_dim).diagnostics
+    return inspect_layer(model, dl, *arguments, **options).diagnostics
 
 # %% ../nbs/40_plots.ipynb #664a2f18
 LOSS_COLORS = {'ce': '#7f7f7f', 'gini': '#1f77b4', 'kl': '#e06c00', 'both': '#2ca02c', 'label-smoothing': '#9467bd',

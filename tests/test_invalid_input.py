@@ -6,18 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from gini_loss.losses import (
-    GiniKLLoss,
-    class_means,
-    class_probs,
-    diagnostics,
-    feature_histogram,
-    gini_impurity,
-    gini_loss,
-    kl_loss,
-    label_histogram,
-    pool,
-)
+from gini_loss.losses import (GiniKLLoss, class_means, class_probs, diagnostics, feature_histogram, gini_impurity,
+                              gini_loss, kl_loss, label_histogram, pool)
 from gini_loss.targets import MixedTargets
 
 # ---- Bad input: each its own message ----

@@ -7,19 +7,8 @@ import pytest
 import torch
 from oracle import as_lists, from_positions, one_hot_rows, oracle, random_case, terms_and_gradients
 
-from gini_loss.losses import (
-    GiniKLLoss,
-    class_means,
-    class_probs,
-    diagnostics,
-    feature_histogram,
-    gini_impurity,
-    gini_loss,
-    kl_loss,
-    label_histogram,
-    pool,
-    pull,
-)
+from gini_loss.losses import (GiniKLLoss, class_means, class_probs, diagnostics, feature_histogram, gini_impurity,
+                              gini_loss, kl_loss, label_histogram, pool, pull)
 from gini_loss.running import RunningGiniKLLoss
 from gini_loss.targets import MixedTargets, label_matrix
 
