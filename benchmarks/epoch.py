@@ -1,19 +1,21 @@
-"""One epoch of each network: its time, what each switch of the training engine changes in speed and in the result, and
-where the time goes.
+"""The time of one epoch of each network, what each switch of the training engine changes in speed and result, and where
+the time goes.
 
     python benchmarks/epoch.py                                   # ResNet-18 on 46,000 images of CIFAR-100
     python benchmarks/epoch.py --arch resnet17 resnet18 resnet50 cvt7 --out epoch.json
     python benchmarks/epoch.py --data synthetic --images 400 --bs 100 --width 8 --rounds 2      # seconds on a CPU
 
-Variants: float32; the same without the two terms; bfloat16; channels_last; compile; the three together; and, on a GPU alone,
-bfloat16 and channels_last with the stages of the network recorded as CUDA graphs. All start from
-the same weights and see the same images in the same order. A round trains each variant for one epoch in turn, so that a
-change in the machine's load meets all of them; the first round (compilation, choice of algorithms) is not counted. Shown
-for each variant: images per second of training and validation together (median, smallest, largest), the ratio to float32
-within each round, the memory of a GPU that a step takes beside weights, optimiser and images, and the losses after the
-last round with their distance from float32's. Then a profile of some steps of float32, on a GPU of the last two
-variants as well: the costliest operations (there: kernels), and how often a step waits for the device. The file of --out
-is written anew after each round, so that a run that is stopped keeps what it measured.
+The variants are float32, float32 without the two terms, bfloat16, channels_last, compile and these three together. On a
+GPU there is one more: bfloat16 and channels_last with the stages of the network recorded as CUDA graphs. All start from
+the same weights and see the same images in the same order. A round trains each variant for one epoch in turn, so a
+change in the machine's load affects all of them. The first round (compilation, choice of algorithms) is not counted.
+
+The table shows for each variant: images per second of training and validation together (median, smallest, largest),
+the ratio to float32 within each round, the GPU memory that a step takes in addition to weights, optimizer and images,
+and the losses after the last round with their difference from float32. Then follows a profile of some steps of
+float32, and on a GPU of the last two variants: the most expensive operations (on a GPU: kernels), and how often a
+step waits for the device. The file of --out is written after each round, so a run that is stopped keeps its
+measurements.
 """
 import argparse, datetime, gc, json, os, statistics, time, warnings
 from dataclasses import replace
@@ -38,7 +40,7 @@ COLUMNS = 'train_loss', 'train_gini', 'train_kl', 'valid_loss', 'valid_accuracy'
 
 
 def loaders(config, args):
-    "The data of `config`; with --data made-up, noise in the sizes of CIFAR-100, for machines where that is not"
+    "The loaders of `config`; with --data made-up, noise in the sizes of CIFAR-100, for machines without the data set"
     if args.data != 'made-up': return build_dls(config, args.data_root, args.device)
     g = torch.Generator().manual_seed(0)
     def noise(n):
@@ -50,7 +52,7 @@ def loaders(config, args):
 
 
 class Rounds:
-    "Learners of one network, one a variant, and what was measured of them"
+    "The learners of one network, one per variant, and their measurements"
     def __init__(self, config, args):
         torch.manual_seed(0)
         self.config, self.failed, self.seconds, self.memory = config, {}, {}, {}
@@ -72,7 +74,7 @@ class Rounds:
             before = torch.cuda.memory_allocated()
         start = time.perf_counter()
         try: learn.fit(1)
-        except Exception as e:                                          # a switch that this machine lacks must not lose the others
+        except Exception as e: # this machine may lack one switch
             self.failed[name] = f'{type(e).__name__}: {str(e).splitlines()[0][:200]}'
             del self.learners[name]
             return
@@ -83,7 +85,7 @@ class Rounds:
         print(f'{self.config.arch} {"counted" if counts else "first  "}  {name:18} {seconds:8.2f} s', flush=True)
 
     def row(self, name):
-        "What was measured of one variant, a dictionary"
+        "The measurements of one variant, as a dictionary"
         base, seconds, c = self.seconds.get('float32'), self.seconds[name], self.config
         columns = self.learners[name].epoch_log.columns
         return dict(arch=c.arch, width=c.width, bs=c.bs, variant=name, images=self.images, seconds=seconds,
@@ -95,17 +97,17 @@ class Rounds:
 
 
 def measure(config, args, keep):
-    "`Rounds` of one network; `keep` is given the rows of the rounds so far"
+    "`Rounds` of one network; `keep` is called with the rows of all rounds so far"
     rounds = Rounds(config, args)
     for i in range(args.rounds + 1):
-        if i > 1 and time.monotonic() > args.end: break                 # the round that compiles and one that counts come first
+        if i > 1 and time.monotonic() > args.end: break # after the first round and one that counts
         for name in list(rounds.learners): rounds.epoch(name, counts=i > 0)
         keep(rounds.rows(), rounds.failed)
     return rounds
 
 
 class Few(Callback):
-    "Profiles some steps of a fit and then ends it; the first is left out: it copies the epoch's order to the device"
+    "Profiles some steps and then ends the fit; not the first step, which copies the order of the epoch to the device"
     order = 90
     def __init__(self, found, steps): self.found, self.steps, self.n = found, steps, 0
     def after_batch(self):
@@ -117,12 +119,12 @@ class Few(Callback):
 
 
 def profile_steps(learn, steps):
-    "Operations of `steps` training steps by the time they take themselves, and the waits for the device in a step"
+    "The operations of `steps` training steps, by the time they take themselves, and the waits for the device per step"
     cuda = learn.dls.device.type == 'cuda'
     found = profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA]*cuda)
     few = Few(found, steps)
     learn.fit(1, cbs=few)
-    found.stop()                                                        # lets the device finish
+    found.stop() # waits for the device
     n, on = max(few.n - 1, 1), 'self_device_time_total' if cuda else 'self_cpu_time_total'
     events = found.key_averages()
     # an operation and its kernel have the same time: count one
@@ -152,15 +154,15 @@ def arguments():
     add('--threads', type=int, help="torch's threads")
     add('--data-root', help="folder of CIFAR-100 (fastai's data folder)")
     add('--budget', type=float, default=float('inf'), metavar='SECONDS',
-        help='after so many seconds begin no further network, and no round but the first two of one that was begun')
-    add('--out', help='write everything measured to this JSON file')
+        help='start no further network after this time, and finish the current one after two rounds')
+    add('--out', help='write all measurements to this JSON file')
     args = parser.parse_args()
     args.end = time.monotonic() + args.budget
     return args
 
 
 def config_of(arch, args):
-    "The recipe of a network with what the command line changes"
+    "The recipe of a network with the changes of the command line"
     changes = dict(start_epoch=0, epochs=1, data='cifar100' if args.data == 'made-up' else args.data)
     if args.images: changes['train_per_class'] = args.images//(100 if args.data == 'cifar100' else 10)
     if args.bs: changes['bs'] = args.bs
@@ -187,13 +189,14 @@ def show_rows(arch, rows, hardware):
 def show_profile(name, found):
     print(name)
     for o in found['operations'][:8]:
-        print(f"  {o['share']:6.1%} {o['milliseconds_per_step']:9.2f} ms a step {o['calls_per_step']:7.1f} calls  {o['name']}")
+        milliseconds, calls = o['milliseconds_per_step'], o['calls_per_step']
+        print(f"  {o['share']:6.1%} {milliseconds:9.2f} ms per step {calls:7.1f} calls  {o['name']}")
     if found['kernels_per_step'] is None: return
-    print('  waits for the device in a step:', found['waits'] or 'none', f"; {found['kernels_per_step']:.0f} kernels")
+    print('  waits for the device per step:', found['waits'] or 'none', f"; {found['kernels_per_step']:.0f} kernels")
 
 
 def write(out, rows, path):
-    "Everything measured so far, with six digits"
+    "Write all measurements so far, with six digits"
     if not path: return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**out, 'rows': [*out['rows'], *rows]})
@@ -202,8 +205,8 @@ def write(out, rows, path):
 
 
 def one_network(arch, args, out):
-    "Measure and profile one network, show and keep what was found"
-    gc.collect()                                                        # the learners of the network before
+    "Measure and profile one network, print the results and keep them"
+    gc.collect() # frees the learners of the last network
     if args.device.startswith('cuda'): torch.cuda.empty_cache()
     def keep(rows, failed):
         out['failed'][arch] = failed
@@ -233,8 +236,8 @@ def main():
         if time.monotonic() < args.end:
             one_network(arch, args, out)
             continue
-        out['failed'][arch] = dict(all='no time was left')
-        print(f'{arch}: not measured, no time was left')
+        out['failed'][arch] = dict(all='out of time')
+        print(f'{arch}: not measured, out of time')
         write(out, [], args.out)
 
 

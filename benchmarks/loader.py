@@ -1,13 +1,13 @@
-"""Images per second of the device-resident loader against fastai's stock `ImageDataLoaders`, augmentation included.
+"""Images per second of the loader on the device, compared with fastai's `ImageDataLoaders`, including augmentation.
 
     python benchmarks/loader.py                  # 10,000 images of CIFAR-100, 5 rounds; results/loader-<device>.json
     python benchmarks/loader.py --rounds 9 --device cuda
 
-Each loader gives normalised float batches (bs, 3, 32, 32), cropped at random with padding 4 and flipped at random, of the
-same training images. A round runs every loader in turn, for at least one epoch and one second, so that a change in the
-machine's load meets all of them. Shown: the median over rounds with the smallest and the largest, of the rate and of the
-ratio within each round. The stock loader reads its files from a warm page cache and runs with workers and without; the
-faster one is the reference.
+Each loader returns normalised float batches (bs, 3, 32, 32) of the same training images, cropped at random with
+padding 4 and flipped at random. A round runs every loader in turn, for at least one epoch and one second, so a change
+in the machine's load affects all of them. The table shows the rate, and the ratio within each round: the median over
+rounds, the smallest and the largest. fastai's loader reads its files from a warm page cache, with workers and
+without; the faster of the two is the reference.
 """
 import argparse
 import datetime
@@ -35,15 +35,15 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--images', type=int, default=10_000, help='training images per epoch (default 10,000)')
     parser.add_argument('--bs', type=int, default=500, help='batch size (default 500)')
-    parser.add_argument('--rounds', type=int, default=5, help='turns of each loader (default 5)')
+    parser.add_argument('--rounds', type=int, default=5, help='rounds (default 5)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--threads', type=int, help="torch's threads (default: torch's own choice; 1 is better on a busy machine)")
-    parser.add_argument('--out', help='file for the record (default: benchmarks/results/loader-<device>.json; none: no file)')
+    parser.add_argument('--threads', type=int, help="number of CPU threads (default: torch's; 1 on a busy machine)")
+    parser.add_argument('--out', help='JSON file to write (default: results/loader-<device>.json; none: no file)')
     return parser.parse_args()
 
 
 def make_loaders(n_images, bs, device, cores):
-    "Ours and fastai's, over the same images, by name"
+    "Our loader and fastai's over the same images, by name"
     data = load_cifar100()
     root = untar_data(URLs.CIFAR_100)
     folders = sorted(root.glob('train/*/*'), key=lambda o: o.name)
@@ -64,7 +64,7 @@ def make_loaders(n_images, bs, device, cores):
 
 
 def check_same_work(loaders, bs, device):
-    "Each loader gives batches of the same shape, type and range"
+    "Assert that all loaders return batches of the same shape, type and range"
     for name, loader in loaders.items():
         x = loader.one_batch()[0]
         assert x.shape == (bs, 3, 32, 32) and x.dtype == torch.float32 and x.device.type == device.type, name
@@ -73,7 +73,7 @@ def check_same_work(loaders, bs, device):
 
 
 def rate(loader, device, at_least=1.):
-    "Images per second over as many whole epochs as fill `at_least` seconds, the start of workers included"
+    "Images per second over whole epochs that take at least `at_least` seconds, including the start of workers"
     start, n, seconds = time.perf_counter(), 0, 0
     while seconds < at_least:
         for x, _ in loader: n += len(x)
@@ -83,7 +83,7 @@ def rate(loader, device, at_least=1.):
 
 
 def measure(loaders, device, rounds):
-    "Rates of each loader, one a round, after a round that warms the caches"
+    "The rates of each loader, one per round, after a round that warms the caches"
     rates = {name: [] for name in loaders}
     for _ in range(rounds + 1):
         for name, loader in loaders.items(): rates[name].append(rate(loader, device))
@@ -95,7 +95,7 @@ def middle(values, form):
 
 
 def report(rates):
-    "Print the table, and return the ratios to the faster stock loader of each round"
+    "Print the table, and return the ratios to the faster of fastai's loaders in each round"
     ours = rates['DeviceLoader']
     print(f"{'loader':<20}{'images per second':>28}{'DeviceLoader is faster by':>32}")
     for name, o in rates.items():
@@ -103,7 +103,7 @@ def report(rates):
         print(f"{name:<20}{middle(o, ',.0f'):>28}{ratio:>32}")
     fastest = [max(o) for o in zip(*(v for k, v in rates.items() if k != 'DeviceLoader'))]
     ratios = [a/b for a, b in zip(ours, fastest)]
-    print(f"\nAgainst the faster stock loader of each round: {middle(ratios, '.1f')} times; goal on 2 cores: at least 10")
+    print(f"\nAgainst the faster stock loader of each round: {middle(ratios, '.1f')} times; the goal on 2 cores is 10")
     return ratios
 
 
@@ -111,7 +111,7 @@ def summary(values): return dict(median=statistics.median(values), low=min(value
 
 
 def write(out, record):
-    "Write the record with six digits a number"
+    "Write the record, with six digits per number"
     out.parent.mkdir(parents=True, exist_ok=True)
     rounded = json.loads(json.dumps(record), parse_float=lambda v: float(f'{float(v):.6g}'))
     out.write_text(json.dumps(rounded, indent=1) + '\n', encoding='utf-8')
