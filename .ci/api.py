@@ -1,7 +1,7 @@
-"""The API's pages, a notebook a module, in step with the package: an entry for each public name, with the examples that
-stand below it in the notebook already. Examples are written in the notebooks; this touches only the entries around them.
+"""Write the pages of the API, one notebook per module: an entry for each public name, and below it the examples that the
+notebook has there already. Write examples in the notebooks; this script changes only the entries around them.
 
-`--check` says which pages are out of step; the lines of the source are left out of that.
+`--check` lists the pages that are out of date. It does not compare line numbers of the source.
 """
 import inspect
 import json
@@ -33,7 +33,7 @@ def code_cell(source, output=None, plain=""):
 
 
 def examples(path):
-    "The cells below each entry of a page, by the entry's name, and those before the first by None"
+    "The cells below each entry of a page, by the name of the entry; None is for the cells before the first entry"
     found, name = {None: []}, None
     if not path.exists(): return found
     for cell in cells(path)[4:]:
@@ -76,13 +76,13 @@ def page_cells(module, path):
 
 
 def without_lines(all_cells):
-    "What a page says, without the lines of the source"
+    "The content of a page as JSON, without line numbers of the source"
     said = [[text(c["source"]), [text(o.get("data", {}).get("text/markdown")) for o in c.get("outputs", [])]] for c in all_cells]
     return re.sub(r"\.py#L\d+", ".py", json.dumps(said))
 
 
 def sidebar(names):
-    "The lines of the pages in _quarto.yml, below the one of all names"
+    "The path and the text of _quarto.yml with these pages in its sidebar, below the page of all names"
     path = root / "_quarto.yml"
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if "href: 60_api_" not in line]
     at = next(k for k, line in enumerate(kept) if "href: 60_api.ipynb" in line)
@@ -92,7 +92,7 @@ def sidebar(names):
 
 
 def first_page():
-    "The page of all names, with the list as it is now"
+    "The page of all names, with the current list"
     notebook = json.loads((NBS / "60_api.ipynb").read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
         if "Markdown(overview())" not in text(cell["source"]): continue
@@ -100,28 +100,31 @@ def first_page():
     return notebook
 
 
+def update(path, is_current, content, check):
+    "Write a file unless it is current, or with `check` only compare it. Returns whether it was out of date"
+    if is_current: return False
+    if not check: path.write_text(content, encoding="utf-8")
+    return True
+
+
 def main():
-    first = first_page()
-    metadata = first["metadata"]
+    check, first = "--check" in sys.argv, first_page()
     wanted, stale = {NBS / "60_api.ipynb": first["cells"]}, []
     for module in public_modules():
         path = NBS / f"60_api_{module.__name__.split('.')[1]}.ipynb"
         wanted[path] = page_cells(module, path)
     for path, now in wanted.items():
-        if path.exists() and without_lines(cells(path)) == without_lines(now): continue
+        is_current = path.exists() and without_lines(cells(path)) == without_lines(now)
+        notebook = {"cells": now, "metadata": first["metadata"], "nbformat": 4, "nbformat_minor": 5}
+        content = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+        if update(path, is_current, content, check): stale.append(path.name)
+    for path in set(NBS.glob("60_api_*.ipynb")) - set(wanted):
         stale.append(path.name)
-        notebook = {"cells": now, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
-        if "--check" not in sys.argv: path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for path in sorted(NBS.glob("60_api_*.ipynb")):
-        if path in wanted: continue
-        stale.append(path.name)
-        if "--check" not in sys.argv: path.unlink()
+        if not check: path.unlink()
     path, bar = sidebar([p.stem.removeprefix("60_api_") for p in wanted if p.stem != "60_api"])
-    if bar != path.read_text(encoding="utf-8"):
-        stale.append(path.name)
-        if "--check" not in sys.argv: path.write_text(bar, encoding="utf-8")
-    if "--check" in sys.argv and stale: sys.exit(f"out of step with the package: {', '.join(stale)}; run `python .ci/api.py`")
-    print("the API's pages:", "in step" if not stale else ", ".join(stale) + " written")
+    if update(path, bar == path.read_text(encoding="utf-8"), bar, check): stale.append(path.name)
+    if check and stale: sys.exit(f"out of date: {', '.join(stale)}; run `python .ci/api.py`")
+    print("the pages of the API:", ", ".join(stale) + " written" if stale else "up to date")
 
 
 if __name__ == "__main__": main()

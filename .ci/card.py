@@ -1,7 +1,7 @@
-"""nbs/images/card.png, shown where a page of the site is shared: the two heat maps of the home page, 1200 x 630 pixels.
+"""Draw nbs/images/card.png, the picture that other sites show with a link: the two heat maps of the home page, 1200 x 630.
 
-Trains its two thin networks on scikit-learn's digits, about a minute on a CPU. Run it again when the sentence or the
-figures' look changes.
+It trains two narrow networks on scikit-learn's digits, about a minute on a CPU. Run it again when the project's sentence
+or the style of the figures changes.
 """
 import warnings
 

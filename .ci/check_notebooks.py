@@ -1,8 +1,8 @@
-"""What a reader relies on in every notebook: outputs stored and clean, figures and images described, links and anchors
-alive, prose between the code. Links and images are checked in README.md and CONTRIBUTING.md too.
+"""Check every notebook: outputs are stored and clean, figures and images have descriptions, links and anchors exist, and
+there is prose between the code. Links and images of README.md and CONTRIBUTING.md are checked too.
 
-Links that leave the project are not followed, since this runs offline: they must be well formed, and `--external`
-lists them with the files that they are in, for a person or another tool to try.
+This runs offline, so links that leave the project must only be well formed. `--external` lists them with their files, for
+a person or another tool to try.
 
 Run from the repository's root. Prints one line a finding and exits with 1 if there is any.
 """
@@ -37,7 +37,7 @@ def prose(source): return re.sub(r"`[^`\n]*`", "`code`", re.sub(r"^```.*?^```", 
 
 
 def heading_id(heading):
-    "The anchor that the site gives a heading (pandoc's rule)"
+    "The anchor of a heading on the site, by pandoc's rule"
     if given := re.search(r"\{#([\w.:-]+)[^}]*\}\s*$", heading): return given.group(1)
     plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"[`*$\\]", "", heading)).strip().lower()
     return re.sub(r"^[^a-z]+", "", re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", plain)))
@@ -45,7 +45,7 @@ def heading_id(heading):
 
 @lru_cache(None)
 def anchors(path):
-    "Where a link into a file can point to: its headings, and the functions and classes that a notebook exports"
+    "The anchors of a file: its headings, and the functions and classes that a notebook exports"
     path, found = Path(path), set()
     markdown = [path.read_text(encoding="utf-8")] if path.suffix == ".md" else []
     for c in cells(path) if path.suffix == ".ipynb" else []:
@@ -62,7 +62,7 @@ def anchors(path):
 
 
 def in_repository(target, path):
-    "The file that a link means, and its anchor, or None for a link that leaves the project"
+    "The file and the anchor of a link; None for a link that leaves the project"
     target, _, anchor = target.partition("#")
     if target.startswith(site + "/") or target == site:
         return pages.get(target[len(site) + 1:] or "index.html", Path(target)), anchor
@@ -76,7 +76,7 @@ def in_repository(target, path):
 
 
 def malformed(url):
-    "What is wrong with the form of a link that leaves the project, or None"
+    "What is wrong with the form of an external link, or None"
     try: parts = urlsplit(url)
     except ValueError as e: return str(e)
     if parts.scheme == "mailto": return None if re.fullmatch(r"[^@\s]+@[\w.-]+\.\w+", parts.path) else "not an address"
@@ -98,7 +98,7 @@ def exists(file): return str(file) in tracked or any(name.startswith(f"{file}/")
 
 
 def check_link(target, path, say):
-    "A link within the project leads to a file that is there, and to a section of it"
+    "The file and the section of a link within the project exist"
     where = in_repository(target, path)
     if where is None: return
     file, anchor = where
@@ -108,7 +108,7 @@ def check_link(target, path, say):
 
 
 def check_images(source, path, say):
-    "Each image is there, and has words in place of the picture"
+    "Each image exists and has alt text"
     for alt, target in IMAGE.findall(source):
         if not alt.strip(): say(f"an image without alt text, {target}")
         where = in_repository(target, path)
@@ -118,7 +118,7 @@ def check_images(source, path, say):
 
 
 def check_text(source, path, say):
-    "Links alive, anchors there, images with words in place of the picture"
+    "Links, anchors and images of a text"
     source = prose(source)
     links = LINK.findall(source)
     for target in AUTOLINK.findall(source) + links + [url for _, url in IMAGE.findall(source)]:
@@ -129,7 +129,7 @@ def check_text(source, path, say):
 
 
 def check_opening(path, all_cells, say):
-    "Title, one sentence, Colab link; and outputs, where there are cells that show some"
+    "A title, a one-sentence subtitle, the Colab link, and stored outputs if any cell shows one"
     first = text(all_cells[0]["source"])
     if not first.startswith("# "): say("the first cell is not a title")
     if not re.search(r"^> \S", first, re.M): say("no one-sentence subtitle under the title")
@@ -152,7 +152,7 @@ def check_output(output, source, path, say):
 
 
 def check_shown(cell, source, say):
-    "Outputs that a reader can take in: lines that wrap a few times at most, and plotting code that is folded or short"
+    "Lines of outputs are not too long, and plotting code is short or folded"
     for output in cell.get("outputs", []):
         data = output.get("data", {})
         drawn = {"image/png", "image/svg+xml"} & set(data)
@@ -166,7 +166,7 @@ def check_shown(cell, source, say):
 
 
 def check_answer(path, all_cells, say):
-    "A page of results opens with its answer in a box"
+    "A page of results has its answer in a box among the first cells"
     if not RESULTS.match(path.name): return
     opening = all_cells[:8]
     said = [text(c["source"]) for c in opening if c["cell_type"] == "markdown"]
@@ -175,7 +175,7 @@ def check_answer(path, all_cells, say):
 
 
 def check_derivation(path, all_cells, say):
-    "Each numbered equation of the derivation has its code right below, which stands beside it on wide screens"
+    "Each numbered equation of the derivation is followed by its code, which wide screens show beside it"
     if not DERIVATION.match(path.name): return
     shown = [c for c in all_cells if not re.search(r"^#\|\s*hide\b", text(c["source"]), re.M)]
     for cell, below in zip(shown, [*shown[1:], {"cell_type": "none"}], strict=True):
@@ -188,6 +188,23 @@ def reporter(where):
     return say
 
 
+def check_cells(path, all_cells):
+    "Each cell with its outputs, and the number of code cells that follow each other without prose"
+    run = 0
+    for i, c in enumerate(all_cells):
+        source, say = text(c["source"]), reporter(f"{path}: cell {i}")
+        if c["cell_type"] != "code":
+            run = 0
+            check_text(source, path, say)
+            continue
+        hidden = re.search(r"^#\|\s*hide\b", source, re.M)
+        if ENTRY.search(source): run = 0                # an entry of the API is prose
+        elif not hidden: run += 1
+        if not hidden: check_shown(c, source, say)
+        if run == MAX_CODE_RUN + 1: say(f"more than {MAX_CODE_RUN} code cells without prose between them")
+        for output in c.get("outputs", []): check_output(output, source, path, say)
+
+
 def check(path):
     say = reporter(path)
     raw = path.read_text(encoding="utf-8")
@@ -198,18 +215,7 @@ def check(path):
     check_opening(path, all_cells, say)
     check_answer(path, all_cells, say)
     check_derivation(path, all_cells, say)
-    run = 0
-    for i, c in enumerate(all_cells):
-        source, say = text(c["source"]), reporter(f"{path}: cell {i}")
-        if c["cell_type"] != "code":
-            run = 0
-            check_text(source, path, say)
-            continue
-        if ENTRY.search(source): run = 0                # an entry of the API is words
-        elif not re.search(r"^#\|\s*hide\b", source, re.M): run += 1
-        if not re.search(r"^#\|\s*hide\b", source, re.M): check_shown(c, source, say)
-        if run == MAX_CODE_RUN + 1: say(f"more than {MAX_CODE_RUN} code cells without a word between")
-        for output in c.get("outputs", []): check_output(output, source, path, say)
+    check_cells(path, all_cells)
 
 
 def check_sidebar(names):

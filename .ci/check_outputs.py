@@ -37,7 +37,7 @@ def difference(old, new):
 
 
 def compare(name):
-    "Run a page again: a description of each cell whose output is not the stored one, and the seconds that it took"
+    "Run a page again: describe each cell whose output is not the stored one, and return the seconds that it took"
     start, wrong = time.time(), []
     path = root / "nbs" / name
     nb = nbformat.read(path, 4)

@@ -1,7 +1,7 @@
-"""The first cell of each notebook installs the package in Colab: from the index, or from the repository while it is not
-there, with the extras that the page's imports need. This writes that cell anew in every notebook that has one.
+"""Write the first cell of each notebook that has one, which installs the package in Colab: from the index, or from the
+repository if the index does not have it, with the extras that the page's imports need.
 
-Names of notebooks choose some of them; `--check` says which are out of step.
+With names of notebooks, only those are written; `--check` lists the notebooks that are out of date.
 """
 import json
 import re
@@ -19,7 +19,7 @@ NEEDS = {
 
 
 def extras(all_cells):
-    "The extras that a page's imports need: `all` if it is all three"
+    "The extras that the imports of a page need; `all` if these are all three"
     code = "\n".join(text(c["source"]) for c in all_cells if c["cell_type"] == "code")
     if "from gini_loss.api import" in code: return ["all"]
     found = [name for name, pattern in NEEDS.items() if re.search(pattern, code, re.M)]
@@ -50,8 +50,8 @@ def main():
         if "--check" in sys.argv: continue
         cell["source"] = now.splitlines(keepends=True)
         path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if "--check" in sys.argv and stale: sys.exit(f"out of step: {', '.join(stale)}; run `python .ci/colab.py`")
-    print("install cells:", ", ".join(stale) + " written" if stale else "in step")
+    if "--check" in sys.argv and stale: sys.exit(f"out of date: {', '.join(stale)}; run `python .ci/colab.py`")
+    print("install cells:", ", ".join(stale) + " written" if stale else "up to date")
 
 
 if __name__ == "__main__": main()

@@ -1,4 +1,4 @@
-"What the scripts here share: where things are, what settings.ini says, a notebook's title, the address of its page."
+"Shared by the scripts here: the repository's root, settings.ini, the title of a notebook, the address of its page."
 import json
 import re
 from configparser import ConfigParser
@@ -18,7 +18,7 @@ def cells(path): return json.loads(Path(path).read_text(encoding="utf-8"))["cell
 
 
 def title_and_subtitle(path):
-    "The two lines that every notebook opens with, without Markdown's marks"
+    "The title and the subtitle of a notebook, without the marks of Markdown"
     first = text(cells(path)[0]["source"])
     return re.search(r"^# (.+)", first, re.M).group(1).strip(), re.search(r"^> (.+)", first, re.M).group(1).strip()
 

@@ -1,7 +1,6 @@
-"""The core alone: `import gini_loss` where only torch is installed, trained with the loop of nbs/14_pytorch.ipynb.
+"""Test the core alone: import gini_loss with nothing but torch installed, and train with the loop of nbs/14_pytorch.ipynb.
 
-The network and the loop are taken from that page as they are. The images are made here, since the page's come with
-scikit-learn.
+The network and the loop are those of the page. The images are made here, because those of the page need scikit-learn.
 """
 import ast
 import importlib.util
@@ -19,7 +18,7 @@ OTHERS = ["fastai", "fastcore", "numpy", "pandas", "matplotlib", "torchvision", 
 
 
 def functions_of(page, *names):
-    "The source of functions that a page defines"
+    "The source of these functions of a page"
     found = {}
     for cell in cells(root / "nbs" / page):
         source = text(cell["source"])
@@ -32,7 +31,7 @@ def functions_of(page, *names):
 
 
 def make_images(n_classes=10, per_class=60):
-    "A faint pattern for each class under noise, 8×8 pixels"
+    "Images of 8×8 pixels, a faint pattern per class plus noise, and their labels"
     torch.manual_seed(0)
     y = torch.arange(n_classes).repeat(per_class)
     patterns = torch.rand(n_classes, 1, 8, 8)

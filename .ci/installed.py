@@ -1,6 +1,6 @@
-"""What a person who installed the wheel gets: no development tools, the version, the records.
+"""Check an installed wheel: it needs no development tools, and it has its version and the records.
 
-With names of notebooks: whether they ran without the repository, and found the records that came with the package.
+With names of notebooks, check that these ran without the repository and found the records of the package.
 """
 import importlib.metadata as meta
 import importlib.util

@@ -1,6 +1,6 @@
-"""nbs/llms.txt, the site's contents for language models (llmstxt.org), from the sidebar and the notebooks' first lines.
+"""Write nbs/llms.txt, the site's table of contents for language models (llmstxt.org), from the sidebar and the notebooks.
 
-`--check` says whether the file and the notebooks have drifted apart.
+`--check` exits with 1 if the file is out of date.
 """
 import sys
 

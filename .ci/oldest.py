@@ -1,7 +1,6 @@
-"""The oldest versions that settings.ini allows, as pins: `torch>=2.6` becomes `torch==2.6.*`.
+"""Print the oldest versions that settings.ini allows, as pins: `torch>=2.6` becomes `torch==2.6.*`.
 
-torchvision is left to fastai: the version that settings.ini asks for is for one download, and wants a newer torch than
-the oldest.
+torchvision has no pin: settings.ini requires a newer version for one download, which needs a newer torch than the oldest.
 """
 import re
 

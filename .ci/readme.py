@@ -1,8 +1,7 @@
-"""README.md from nbs/index.ipynb and CONTRIBUTING.md from nbs/70_contributing.ipynb.
+"""Write README.md from nbs/index.ipynb and CONTRIBUTING.md from nbs/70_contributing.ipynb.
 
-`nbdev_readme` is not used for this: with Quarto it loses the sentence under the title, the pages behind the links and
-the words in place of the pictures. `--check` says whether either file has drifted from its notebook. It compares the
-words and the code, not the layout.
+We do not use `nbdev_readme`: with Quarto it loses the sentence under the title, the targets of links and the alt texts.
+`--check` exits with 1 if one of the files differs from its notebook in words or code; it does not compare the layout.
 """
 import base64
 import re
@@ -17,7 +16,7 @@ RENDERED = {
 
 
 def as_details(tabs):
-    "Tabs of the site as sections that open, the first one open"
+    "The tabs of the site as sections that can be opened; the first one is open"
     parts = re.split(r"^### (.+)\n", tabs.group(1), flags=re.M)
     sections = zip(parts[1::2], parts[2::2], strict=True)
     opened = [f"<details{'' if k else ' open'}>\n<summary>{name}</summary>\n\n{body.strip()}\n\n</details>"
@@ -74,7 +73,7 @@ def words(s): return re.findall(r"\w+", re.sub(r"<[^>]*>", " ", s))
 
 
 def difference(parts, target):
-    "What the notebook says and the rendered file does not, or None"
+    "The first part of the notebook that is missing in the rendered file, or None"
     if not (root / target).exists(): return f"there is no {target}"
     have = " ".join(words((root / target).read_text(encoding="utf-8")))
     written = [p for kind, part in parts if kind != "image" for p in part.split("\n\n")]

@@ -1,6 +1,6 @@
-"""What an installation costs: packages and megabytes that the core and each extra add to torch, and seconds to import.
+"""Print how many packages and megabytes the core and each extra add to torch, and the seconds of an import, as Markdown.
 
-Each is installed into an environment of its own by uv, which has to be on the PATH. Prints a table in Markdown.
+Each is installed into a new environment by uv, which must be on the PATH.
 """
 import os
 import subprocess
@@ -19,7 +19,7 @@ def megabytes(folder):
 
 
 def install(folder, requirements):
-    "Packages and megabytes of an environment"
+    "Install into a new environment: the number of its packages and its megabytes"
     subprocess.run(["uv", "venv", "-q", "--python", sys.executable, folder], check=True)
     python = folder / "bin" / "python"
     subprocess.run(["uv", "pip", "install", "-q", "--python", python, "torch", *requirements], cwd=root, check=True)
@@ -29,7 +29,7 @@ def install(folder, requirements):
 
 
 def import_seconds(python, tries=5):
-    "Seconds for torch, and for gini_loss after it: the fastest of several fresh processes"
+    "Seconds to import torch, and gini_loss after it: the fastest of several new processes"
     imports = "a = now(); import torch; b = now(); import gini_loss; print(b - a, now() - b)"
     code = f"from time import perf_counter as now; {imports}"
     runs = []

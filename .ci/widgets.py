@@ -1,7 +1,7 @@
-"""The figures to drag hold their script, so a stored output goes out of date with it: this makes every stored output
-again, with the script of `nbs/widgets/gini.js` and what is shown where scripts do not run.
+"""Write the stored outputs of the interactive figures again. They contain the script `nbs/widgets/gini.js`, and a text for
+readers without scripts, so they go out of date when these change.
 
-`--check` says whether any is out of date.
+`--check` exits with 1 if one of them is out of date.
 """
 import json
 import re
@@ -15,12 +15,12 @@ FIGURE = re.compile(r'<div data-gini="([\w-]+)">[^\n]*</div>\n<script>\n.*?</scr
 
 
 def refreshed(html):
-    "A stored output with the figure as it is now"
+    "The HTML of a stored output with the current figure"
     return FIGURE.sub(lambda found: figure_html(found.group(1)), html)
 
 
 def refresh(notebook):
-    "Put the script into the outputs of a notebook; says whether that changed any"
+    "Update the figures in the outputs of a notebook, and return whether any changed"
     changed = False
     for cell in notebook["cells"]:
         for output in cell.get("outputs", []):
@@ -42,8 +42,8 @@ def main():
         if "--check" in sys.argv: continue
         path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if "--check" in sys.argv and stale:
-        sys.exit(f"figures to drag with an old script in {', '.join(stale)}; run `python .ci/widgets.py`")
-    print("figures to drag:", ", ".join(stale) + " refreshed" if stale else "in step with their script")
+        sys.exit(f"interactive figures with an old script in {', '.join(stale)}; run `python .ci/widgets.py`")
+    print("interactive figures:", ", ".join(stale) + " written" if stale else "up to date")
 
 
 if __name__ == "__main__": main()
