@@ -104,6 +104,7 @@ def _read_state(payload, device):
             raise ValueError("a tensor is larger than its storage")
     return state
 
+# %% ../nbs/23b_checkpoint.ipynb #9a4bbfba
 def _check_owner(path, header, config):
     "CheckpointError, which lists the fields that differ, if the header has another configuration"
     theirs, ours = header.get('config'), json.loads(json.dumps(asdict(config)))
@@ -113,6 +114,7 @@ def _check_owner(path, header, config):
     differ = ', '.join(f'{k}={theirs.get(k)!r} instead of {ours.get(k)!r}' for k in names)
     raise CheckpointError(f"the checkpoint {path} belongs to another run ({differ}): {_ADVICE}")
 
+# %% ../nbs/23b_checkpoint.ipynb #dac565d3
 def load_checkpoint(
     path: str | Path, # file that `save_checkpoint` wrote
     config: Config | None = None, # `Config` of the run it must belong to; None: any
@@ -181,6 +183,7 @@ class RunLock:
         with contextlib.suppress(OSError): self.path.unlink()
         self._lock.release()
 
+# %% ../nbs/23b_checkpoint.ipynb #964a9f4a
 def is_locked(
     path: str | Path, # file of the lock
 ) -> bool:

@@ -134,6 +134,7 @@ _LEAST = dict(
     flip=0, rotation=0)
 _GREATEST = dict(seed=_LARGEST_SEED, split_seed=_LARGEST_SEED, dropout=1, flip=1, rotation=180)
 
+# %% ../nbs/23_config.ipynb #403ee49e
 def _plain_kind(kind):
     "The type in a field's annotation, and whether the field may be None"
     if isinstance(kind, types.UnionType): return typing.get_args(kind)[0], True
@@ -150,6 +151,7 @@ def _as_type(name, kind, value):
     if kind in (bool, str) and isinstance(value, kind): return value
     raise TypeError(f"{name} must be {kind.__name__}{' or None' if optional else ''}, got {value!r}")
 
+# %% ../nbs/23_config.ipynb #45171e69
 def _check_choices(c):
     for name, choices in _CHOICES.items():
         value = getattr(c, name)
@@ -286,6 +288,7 @@ def parse_value(
     except (ValueError, KeyError):
         raise ValueError(f"{name}={text!r}: expected {'true or false' if kind is bool else kind.__name__}") from None
 
+# %% ../nbs/23_config.ipynb #878898ca
 def parse_changes(
     items: Iterable[str], # words such as 'precision=bfloat16'
 ) -> dict[str, Any]:
@@ -311,6 +314,7 @@ def add_config_options(
             parser.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, default=None, help=help)
         else: parser.add_argument(flag, dest=f.name, default=None, metavar=f.name.upper(), help=help)
 
+# %% ../nbs/23_config.ipynb #73210a41
 def given_fields(
     args: argparse.Namespace, # parsed by a parser with `add_config_options`
 ) -> dict[str, Any]:
@@ -318,6 +322,7 @@ def given_fields(
     found = {k: v for k, v in vars(args).items() if k in Config.__annotations__ and v is not None}
     return {k: v if isinstance(v, bool) else parse_value(k, v) for k, v in found.items()}
 
+# %% ../nbs/23_config.ipynb #5f0996ec
 def count_option(
     text: str, # value of an option
 ) -> int:

@@ -108,6 +108,7 @@ def _array(data):
     if claimed != held: raise ValueError(f"an array that claims {claimed:,} bytes and has {held:,}")
     return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order='F' if fortran else 'C').copy()
 
+# %% ../nbs/24_records.ipynb #c10deab8
 def _unpack(data):
     "The arrays in the bytes of an npz file"
     arrays = {}
@@ -157,6 +158,7 @@ def record_text(
             lines.append(f' {json.dumps(name)}: {{\n{inner}\n }}')
     return '{\n' + ',\n'.join(lines) + '\n}\n'
 
+# %% ../nbs/24_records.ipynb #5d8c8128
 def _with_digests(data, arrays_data):
     "The bytes of a record with its two digests, one line each, inserted after the line of its format"
     head = f' "format": {RECORD_FORMAT},\n'.encode()
@@ -183,6 +185,7 @@ def seal_record(
     plain = {k: v for k, v in _not_negative(record).items() if k not in ('digest', 'arrays_digest')}
     return _with_digests(record_text(plain).encode(), buffer.getvalue()), buffer.getvalue()
 
+# %% ../nbs/24_records.ipynb #5a0f103c
 def write_record(
     folder: str | Path, # folder of the records
     record: dict[str, Any], # dict, see `SCHEMA`
@@ -209,6 +212,7 @@ def known_labels(
     if shared: labels['caltech'] = np.concatenate([np.full(images, label) for label, images in shared])
     return labels
 
+# %% ../nbs/24_records.ipynb #48bee901
 _CHECKED = ( # a score, its data set, and the array of predictions
     ('test_accuracy', 'test', 'test_pred'), ('caltech_accuracy', 'caltech', 'caltech_pred'),
     ('caltech_accuracy_12', 'caltech', 'caltech_pred_12'))
@@ -246,6 +250,7 @@ def _check_files(path, packed):
         if file.is_file() and file.stat().st_size > _MOST_BYTES:
             raise RecordError(f"{file}: it has more than {_MOST_BYTES:,} bytes, which no record has")
 
+# %% ../nbs/24_records.ipynb #cc713b45
 def _read_json(path):
     "The JSON file of a record: its bytes, the record and its `Config`"
     data = path.read_bytes()
@@ -271,6 +276,7 @@ def _read(path):
     with _names_the_file(path, ValueError): _check_scores(record, config, arrays)
     return record, config, arrays
 
+# %% ../nbs/24_records.ipynb #94c7aeaf
 def record_files(
     folder: str | Path, # folder of records; need not exist
 ) -> Iterator[Path]:
@@ -337,6 +343,7 @@ def load_results(
         if isinstance(kind, types.UnionType): frame[name] = pd.Series([row[name] for row in rows], dtype=object)
     return frame
 
+# %% ../nbs/24_records.ipynb #cbdc603e
 def _row(record, config, file, path):
     last, best, layer, r = record['last'], record['best'], record['layer'], record
     train, seconds = record.get('layer_train') or {}, record['seconds']['training']
@@ -361,6 +368,7 @@ def _columns():
     fake = dict(run_id='', finished='', config_hash='', pair_hash='', **parts)
     return list(_row(fake, Config(), Path('a'), Path()))
 
+# %% ../nbs/24_records.ipynb #1f809301
 def config_of(
     run: pd.Series, # a row of the frame of `load_results`
 ) -> Config:
@@ -394,6 +402,7 @@ def select_runs(
                          "Add one of these as a condition")
     return keep.sort_values('seed').reset_index(drop=True)
 
+# %% ../nbs/24_records.ipynb #2d4713bc
 def paired_runs(
     baseline: pd.DataFrame, # runs of one configuration, from `select_runs`
     treatment: pd.DataFrame, # runs of another configuration
@@ -483,6 +492,7 @@ def source_commit() -> dict[str, Any] | None:
                          "`git rev-parse HEAD` prints in the checkout of the sources, or unset it")
     return dict(commit=given, modified=None)
 
+# %% ../nbs/24_records.ipynb #60bd475e
 def _cpu_name():
     try: lines = Path('/proc/cpuinfo').read_text().splitlines()
     except OSError: lines = []

@@ -47,6 +47,7 @@ class Study(NamedTuple):
     title: str # the question of the study
     configs: list # a `Config` per run, in the order of training
 
+# %% ../nbs/25_studies.ipynb #7ffb75fd
 _MOST_RUNS = 10_000 # in a section; more than that is a typing error
 
 def _values(name, text):
@@ -79,6 +80,7 @@ def _section_configs(lines, changes):
         fields = {**dict(zip(names, values)), **changes}
         yield recipe(preset or fields.get('arch', 'resnet18'), **fields)
 
+# %% ../nbs/25_studies.ipynb #d84a2d82
 def _parse_file(path):
     parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=('#',))
     try: parser.read(path, encoding='utf-8')
@@ -148,6 +150,7 @@ def _run_state(config, results, path, known):
     state = 'running' if is_locked(path.with_suffix('.lock')) else 'stopped' if path.exists() else 'missing'
     return RunState(config, 'damaged' if problem else state, epochs, each*(config.epochs - epochs), problem)
 
+# %% ../nbs/25_studies.ipynb #6ecc6a71
 def study_state(
     study: Study, # `Study`
     results: str | Path = 'results', # folder of the records
@@ -193,6 +196,7 @@ def _fits(config, results, deadline):
 
 def _is_lost(e): return isinstance(e, _LOST_DEVICE) and not isinstance(e, torch.OutOfMemoryError)
 
+# %% ../nbs/25_studies.ipynb #ff27b83f
 def _run_one(config, results, checkpoints, **options):
     "Train one run: done, no_time, locked, failed, 'out of memory' or 'lost GPU', and the error in one line"
     try: record = train(config, results, checkpoints, **options)
@@ -203,6 +207,7 @@ def _run_one(config, results, checkpoints, **options):
         return outcome, describe_error(e)
     return 'no_time' if record is None else 'done', ''
 
+# %% ../nbs/25_studies.ipynb #f0c9a293
 def run_study(
     study: Study, # `Study`
     results: str | Path = 'results', # folder of the records; new ones go into a folder of the study's name there
@@ -264,6 +269,7 @@ def _end_with_parent():
         ctypes.CDLL(None).prctl(1, int(signal.SIGTERM)) # PR_SET_PDEATHSIG
     if os.getppid() != int(os.environ['GINI_LOSS_PARENT']): sys.exit(143)
 
+# %% ../nbs/25_studies.ipynb #26ea08c6
 def _worker_environment(n, budget):
     env = dict(os.environ, GINI_LOSS_WORKERS=str(n), GINI_LOSS_PARENT=str(os.getpid()))
     if budget is not None: env['GINI_LOSS_DEADLINE'] = str(time.monotonic() + budget)
@@ -303,6 +309,7 @@ def _parser():
     add_run_options(parser)
     return parser
 
+# %% ../nbs/25_studies.ipynb #4e12bf91
 def _share_out(args, argv, study):
     "Run the study with several workers, and return the exit status"
     codes = _run_workers(args.workers, argv, args.budget)
