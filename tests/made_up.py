@@ -1,4 +1,4 @@
-"Made-up records of any configuration, as the engine would have left them, for the tests that read records."
+"Made-up records of any configuration, in the form that the engine writes, for the tests that read records."
 
 import json
 from dataclasses import asdict
@@ -10,13 +10,13 @@ from gini_loss.train import recipe
 
 
 def predictions(labels, accuracy):
-    "Predictions (N,) int16 of which the first share `accuracy` is right"
+    "Predictions (N,) int16; the first ones are correct, a share of `accuracy`"
     right = round(accuracy * len(labels))
     return np.where(np.arange(len(labels)) < right, labels, (labels + 1) % 100).astype(np.int16)
 
 
 def made_up_record(config, test=0.5, caltech=None, best=None, device='a device', seconds=60.0):
-    "A good record and its arrays: accuracies after the last epoch, and `best` on the test images in the best epoch"
+    "A valid record and its arrays: test and Caltech accuracy after the last epoch, and `best` in the best epoch"
     labels, arrays, scores = known_labels(config), {}, {}
     for when, accuracy in (('last', test), ('best', test if best is None else best)):
         pred = predictions(labels['test'], accuracy)
@@ -56,7 +56,7 @@ def made_up_record(config, test=0.5, caltech=None, best=None, device='a device',
 
 
 def put(folder, config, *args, **options):
-    "Write a made-up record; the path of its JSON file"
+    "Write a made-up record, and return the path of its JSON file"
     return write_record(folder, *made_up_record(config, *args, **options))
 
 
@@ -66,7 +66,7 @@ def small(**changes):
 
 
 def without_digests(path):
-    "The record as versions before digests wrote it"
+    "Remove the digests of a record, as older versions wrote it, and return its path"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b''.join(line for line in lines if b'digest"' not in line))
     return path

@@ -1,6 +1,6 @@
-"""Processes that begin with the training engine already imported, for tests that kill them or train with several.
+"""Processes with the training engine already imported, for tests that kill them or train with several.
 
-A server imports the engine once and forks each of them: a start takes milliseconds, in place of the seconds of an import.
+A server imports the engine once and forks the processes, so starting one takes milliseconds instead of seconds.
 """
 
 import multiprocessing
@@ -29,14 +29,14 @@ def _on_one_thread(target, *args):
 
 
 def finish(*processes):
-    "Wait until all have ended, without an error"
+    "Wait until all processes have ended, and assert that none failed"
     for process in processes:
         process.join(300)
         assert process.exitcode == 0, f"exit status {process.exitcode}"
 
 
 def import_engine():
-    "Have the server import the engine, for a test that counts the time of what it starts"
+    "Nothing else: start this first in a test whose processes must begin at once"
     import gini_loss.study  # noqa: F401
 
 
@@ -48,7 +48,7 @@ def run_train(argv):
 
 
 def run_study_until(deadline, argv):
-    "The command `gini_study`, as a worker of a command whose time is up at `deadline`"
+    "The command `gini_study` as a worker with this deadline"
     import os
 
     from gini_loss.study import main
@@ -58,7 +58,7 @@ def run_study_until(deadline, argv):
 
 
 def train_an_epoch(path, arch, precision, lr, turned, rank=0, processes=1):
-    "Ten steps, alone or as one of several processes. The first saves the network's state and the columns of its log"
+    "Train ten steps, alone or as one of several processes. The first saves the state of the network and its log"
     import torch
     import torch.distributed as dist
 
@@ -82,7 +82,7 @@ def train_an_epoch(path, arch, precision, lr, turned, rank=0, processes=1):
 
 
 def take_a_lock_often(lock, held):
-    "Take the lock eight times. FileExistsError if another process has it at the same time"
+    "Take the lock up to eight times. FileExistsError if another process holds it at the same time"
     import os
     import time
 

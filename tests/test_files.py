@@ -1,4 +1,5 @@
-"""Fuzz of the files that the package reads: records, checkpoints and studies of any bytes give what they hold, or an error of the documented type.
+"""Fuzz the files that the package reads. Records, checkpoints and studies of any bytes are read, or raise an error of the
+documented type.
 
 `GINI_LOSS_FUZZ=10000 pytest tests/test_files.py` draws that many fresh examples; without it each fuzz draws 150, the same each time.
 """
@@ -87,7 +88,7 @@ changes = st.lists(
 
 
 def mutated(data):
-    "Bytes with a few of them changed, cut, doubled or put in"
+    "`data` with a few bytes changed, removed, doubled or inserted"
     return st.lists(
         st.tuples(
             st.integers(0, max(len(data) - 1, 0)),
@@ -127,7 +128,7 @@ def folder(tmp_path_factory):
 
 
 def read_all(folder, file):
-    "Is the record read? By the frame, by name and by a study alike, without any change to the files"
+    "Whether the record is read: the same by the frame, by name and by a study, without changing the files"
     before = files(folder)
     try:
         runs = load_results(folder)
@@ -186,7 +187,7 @@ def test_odd_json_is_a_bad_record(tmp_path, text):
 @given(data=st.data())
 @profile
 def test_fuzz_predictions(folder, data):
-    "Bytes in place of the npz of a record with and without digests: what they hold, or an error that names the record"
+    "Any bytes as the npz of a record, with and without digests, are read, or raise an error that names the record"
     sealed = data.draw(st.booleans())
     file = put(folder / 'npz', small())
     if not sealed:
@@ -212,7 +213,7 @@ HEADER = dict(run_id=CONFIG.run_id, config=json.loads(json.dumps(asdict(CONFIG))
 
 
 def packed(header, payload, magic=CHECKPOINT_MAGIC):
-    "A checkpoint with these bytes for its header and state, and a right checksum"
+    "A checkpoint with these bytes as header and state, and a valid checksum"
     digest = hashlib.blake2b(header + bytes(1), digest_size=32)
     digest.update(payload)
     return magic + struct.pack('<Q', len(header)) + header + digest.digest() + payload
@@ -262,7 +263,7 @@ def test_fuzz_checkpoint_bytes(folder, good_checkpoint, data):
 )
 @profile
 def test_fuzz_checkpoint_headers(folder, header, payload, whole):
-    "With a right checksum, so that what is inside is looked at"
+    "With a valid checksum, so that the content is read"
     if whole:
         buffer = io.BytesIO()
         torch.save(dict(a=torch.ones(2)), buffer)
@@ -355,7 +356,7 @@ def test_fuzz_study(folder, data):
     ['seed = 0-999999999999', 'seed = 0-9999\nepochs = 1-9999', 'seed = ' + '1' * 5000, 'milestones = ' + '9' * 5000],
 )
 def test_studies_too_large_to_be_meant(tmp_path, line):
-    "An error, not hours and all of the memory"
+    "An error, not hours of computing or gigabytes of memory"
     (tmp_path / 's.ini').write_text(f'[runs]\npreset = test\n{line}\n')
     with pytest.raises(ValueError):
         load_study(tmp_path / 's.ini')

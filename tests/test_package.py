@@ -1,4 +1,4 @@
-"What a person gets who installs the package, and what they see: the wheel's files, its types, its pages"
+"The installed package: the files of the wheel, its requirements, its types, its pages"
 
 import ast
 import inspect
@@ -40,7 +40,7 @@ def settings():
 
 @pytest.fixture(scope='module')
 def built(tmp_path_factory):
-    "The wheel and the sdist, built by the backend that pip would call, from a copy of what it reads"
+    "The wheel and the sdist, built by the backend that pip calls, from a copy of the files it reads"
     tree, out = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('built')
     for name in FILES:
         copy2(root / name, tree)
@@ -58,7 +58,7 @@ def wheel(built):
 
 
 def read_member(wheel, end):
-    "The text of the wheel's file whose name ends so"
+    "The text of the file of the wheel whose name ends with `end`"
     archive = zipfile.ZipFile(wheel)
     return archive.read(next(name for name in archive.namelist() if name.endswith(end))).decode()
 
@@ -97,7 +97,7 @@ def test_the_sdist_holds_the_notebooks_and_what_setup_reads(built):
 
 
 def requirements(wheel):
-    "For the core ('') and each extra, the names of the packages that it requires"
+    "The names of the required packages, by extra; '' is the core"
     found = {}
     for line in re.findall(r'^Requires-Dist: (.+)$', read_member(wheel, 'METADATA'), re.M):
         extra = re.search(r'extra == ["\'](\w+)', line)
@@ -147,7 +147,7 @@ IMPORT_NAMES = {'pillow': 'PIL', 'scikit-learn': 'sklearn'}
 
 
 def imported_packages(path):
-    "The packages outside the standard library that a module imports, wherever in it"
+    "The packages outside the standard library that a module imports anywhere"
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
         if isinstance(node, ast.Import):
@@ -157,7 +157,7 @@ def imported_packages(path):
     return found - set(sys.stdlib_module_names) - {'gini_loss'}
 
 
-# What a switch of a command asks for, where it is installed; the command says so if it is not
+# Needed only by an option; if the package is missing, an error says so
 OPTIONAL = {'matplotlib_inline', 'tensorboard', 'wandb', 'pytorch_metric_learning', 'timm', 'IPython', 'nbdev', 'sentencepiece'}
 
 
@@ -171,7 +171,7 @@ def test_what_is_imported_is_declared(path, wheel):
 
 
 def run_without(packages, code):
-    "What a new interpreter prints that runs `code` and finds none of `packages`"
+    "The output of `code` in a new interpreter that cannot import `packages`"
     hidden = f"import sys; sys.modules.update(dict.fromkeys({list(packages)!r}))"
     done = subprocess.run(
         [sys.executable, '-W', 'ignore', '-c', f'{hidden}\n{code}'],
@@ -184,7 +184,7 @@ def run_without(packages, code):
     return done.stdout
 
 
-# not numpy and not filelock: torch itself uses them where they are
+# without numpy and filelock, which torch itself imports if they are installed
 EXTRAS_ONLY = [
     'fastai',
     'fastcore',
@@ -205,13 +205,13 @@ def test_import_gini_loss_needs_torch_alone():
 
 
 def needs_an_extra(path):
-    "Whether a module asks for an extra when it is imported, not in one of its functions"
+    "Whether importing a module needs an extra, not only one of its functions"
     return re.search(r'^(from .*; )?need_extra\(', path.read_text(encoding='utf-8'), re.M) is not None
 
 
 @pytest.fixture(scope='module')
 def messages_without_extras():
-    "What the import of each module says where the extras are missing, by the module's name"
+    "The error of importing each module without the extras, by the name of the module"
     names = ['callback', *(path.stem for path in modules if needs_an_extra(path))]
     code = f"""import importlib, json
 said = {{}}
@@ -254,7 +254,7 @@ TORCH = {  # torch as far as the script below needs it: its own stubs take half 
 
 
 def see_types(wheel, folder, script):
-    "What mypy says of a user's script where the wheel is installed"
+    "The output of mypy for a user's script with the wheel installed"
     venv.create(folder / 'env', with_pip=False)
     python = folder / 'env' / ('Scripts/python.exe' if os.name == 'nt' else 'bin/python')
     where = subprocess.run(

@@ -1,4 +1,4 @@
-"Records: writing, reading, refusing what is not whole, selecting and pairing. Made-up records, and a few trained ones."
+"Records, made up and trained: writing, reading, errors for damaged ones, selecting and pairing."
 
 import io, json, mmap, re, shutil, struct, warnings, zipfile
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_empty_frame_has_the_columns_of_a_full_one(made, tmp_path):
 
 
 def test_fields_of_newer_records(tmp_path):
-    "The layer over the training images and the pull of each epoch are read where they are, and may be missing"
+    "The terms over the training images and the pull of each epoch are read if present, and may be missing"
     old, new = small(loss='ce'), small(loss='both')
     put(tmp_path, old)
     record, arrays = made_up_record(new)
@@ -161,7 +161,7 @@ def test_names_of_records_that_are_none(copy):
 
 
 def test_no_flipped_bit_passes(tmp_path):
-    "Each single bit of both files of a record"
+    "Every single bit of both files of a record"
     config = small()
     file, tried = put(tmp_path, config), 0
     for path in (file, file.with_suffix('.npz')):
@@ -196,7 +196,7 @@ def test_swapped_predictions(tmp_path, sealed):
     [(w, s) for w in ('last', 'best') for s in ('test_accuracy', 'caltech_accuracy', 'caltech_accuracy_12')],
 )
 def test_an_edited_score(tmp_path, sealed, when, score):
-    "Scores are computed again from the predictions, so an edit is noticed without a digest as well"
+    "Scores are computed again from the predictions, so an edit is detected even without a digest"
     record, arrays = made_up_record(recipe('laptop'), test=0.1973, caltech=0.1357)
     file = write_record(tmp_path, record, arrays)
     if not sealed:
@@ -258,7 +258,7 @@ def test_the_same_input_gives_the_same_files():
 
 
 def store(path, members, claim=None):
-    "An npz of these members (bytes by name); `claim`: what its directories say that the first one unpacks to"
+    "Write an npz of these members (bytes by name). `claim`: the unpacked size of the first that its directory states"
     with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
         for name, data in members.items():
             archive.writestr(f'{name}.npy', data)
@@ -351,7 +351,7 @@ def break_it(file, how):
     ],
 )
 def test_what_is_no_record_is_named_and_never_counts_as_done(tmp_path, capsys, how):
-    "The frame, the search, one run and a study say the same, and leave the files as they are"
+    "The frame, the search, a single run and a study agree, and do not change the files"
     (tmp_path / 's.ini').write_text('[runs]\npreset = test\nepochs = 2\nloss = both\nseed = 0\n')
     (config,) = load_study(tmp_path / 's.ini').configs
     file = put(tmp_path / 'results' / 's', config)
@@ -383,7 +383,7 @@ def test_what_is_no_record_is_named_and_never_counts_as_done(tmp_path, capsys, h
 
 
 def test_a_record_under_another_name_is_refused(tmp_path):
-    "The search for a run's record goes by its name, so a table must not show one that the search would miss"
+    "A run's record is found by its name, so a table must not show a record that the search would miss"
     file = put(tmp_path, small())
     for suffix in ('.json', '.npz'):
         file.with_suffix(suffix).rename(tmp_path / f'renamed{suffix}')
@@ -489,7 +489,7 @@ def test_the_old_name_works_with_a_warning():
 
 
 def test_scores_of_chosen_classes(tmp_path):
-    "A run of some classes numbers them anew, in both test sets"
+    "A run of some classes renumbers them, in both test sets"
     config = recipe('twelve')
     labels = known_labels(config)
     assert (

@@ -1,4 +1,4 @@
-"Studies: files, order, budget, workers, what is done and what is left. Synthetic images, one thread."
+"Studies on synthetic images: files, order, budget, workers, the state of runs."
 
 import json, os, signal, subprocess, sys, time, warnings
 from pathlib import Path
@@ -25,14 +25,14 @@ def folders(tmp_path):
 
 
 def command(folder, runs, *options):
-    "Arguments of `gini_study` for a study of these lines, which is written to the folder"
+    "Write a study of these lines, and return the arguments of `gini_study` for it"
     path = folder / 'small.ini'
     path.write_text('\n'.join(['[runs]', 'preset = test', 'train_per_class = 4', *runs]))
     return [str(path), '--results', str(folder / 'r'), '--checkpoints', str(folder / 'c'), '--device', 'cpu', *options]
 
 
 def run_command(start, args, **options):
-    "Run the command in a new interpreter that begins with `start`"
+    "Run the command in a new interpreter, started with `start` and `args`"
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     return subprocess.run([sys.executable, *start, *args], env=env, capture_output=True, text=True, **options)
 
@@ -141,7 +141,7 @@ def test_command(tmp_path, capsys):
 
 @pytest.fixture(scope='module')
 def shared(tmp_path_factory):
-    "A study of four runs by two workers, begun in a folder of files that have the names of modules"
+    "A study of four runs by two workers, started in a folder with files that have the names of modules"
     folder = tmp_path_factory.mktemp('shared')
     here = folder / 'here'
     (here / 'gini_loss').mkdir(parents=True)
@@ -163,7 +163,7 @@ def test_workers_share_the_runs(shared):
 
 
 def test_workers_run_no_code_of_the_current_folder(shared):
-    "They run the package of the command that started them, whatever else has its name there"
+    "They run the package of the command that started them"
     assert not (shared / 'ran').exists()
 
 
@@ -271,7 +271,7 @@ def test_workers_share_the_deadline(tmp_path, monkeypatch):
 
 
 def test_workers_stop_in_time(tmp_path):
-    "What does not end in the budget leaves a checkpoint"
+    "Runs that do not end within the budget leave a checkpoint"
     args = command(tmp_path, ['loss = ce both', 'epochs = 100000'], '--budget', '5')
     finish(start(import_engine))
     workers = [start(run_study_until, time.monotonic() + 5, args) for _ in range(2)]

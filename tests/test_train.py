@@ -1,4 +1,4 @@
-"The training engine: same seed same run, interruptions, damaged files, several processes, switches. Synthetic images, one thread."
+"The training engine on synthetic images: equal seeds, interruptions, damaged files, several processes, switches."
 
 import json, os, signal, subprocess, sys, threading, time, types, warnings
 from dataclasses import asdict, replace
@@ -30,7 +30,7 @@ from gini_loss.train import (
 from processes import finish, run_train, start, take_a_lock_often, train_an_epoch
 
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
-# no part of a group that these tests may run in
+# without the group of processes that these tests may run in
 ALONE = {k: v for k, v in ENV.items() if k not in ('WORLD_SIZE', 'RANK')}
 VOLATILE = ('finished', 'seconds', 'source', 'digest')
 
@@ -76,11 +76,11 @@ def assert_same(config, a, b):
     assert x.keys() == y.keys() and all(np.array_equal(x[k], y[k]) for k in x)
 
 
-# --- where the sources are from
+# --- the commit of the sources
 
 
 def test_commit_of_sources_without_git(tmp_path, monkeypatch):
-    "Outside a checkout: what the variable says, else what pip noted of a git address, else nothing"
+    "Outside a checkout: from the variable, else from pip's note of a git address, else None"
     monkeypatch.delenv('GINI_LOSS_COMMIT', raising=False)
     monkeypatch.setattr(records.gini_loss, '__file__', str(tmp_path / 'gini_loss' / '__init__.py'))
     (tmp_path / 'gini_loss').mkdir()
@@ -271,7 +271,7 @@ def test_seed_fixes_weights_and_order_for_every_loss():
 
 
 def test_ce_is_plain_training():
-    "The callback that only measures leaves the training as it is, to the bit"
+    "A callback that only measures does not change the training, to the last bit"
     c = small(loss='ce')
     learn = build_learner(c, build_dls(c, device='cpu'))
     learn.fit(2)
@@ -321,7 +321,7 @@ def test_schedules():
     ids=['adam', 'sgd-plateau', 'dropout'],
 )
 def test_stopped_after_each_epoch(tmp_path, monkeypatch, changes):
-    "A run stopped at every epoch's end and continued by a new learner ends like one that was never stopped"
+    "A run that is stopped after each epoch and continued by a new learner ends like an uninterrupted one"
     c = small(**changes)
     run(c, tmp_path / 'whole')
 
@@ -370,7 +370,7 @@ def test_kill_9_at_random_points(tmp_path):
     for _ in range(3):
         before = path.stat().st_mtime_ns if path.exists() else 0
         process = start(run_train, command(folder, c))
-        # a new checkpoint is the end of an epoch: then any moment will do, also within the next checkpoint
+        # an epoch has ended when there is a new checkpoint; then kill at any moment, also during the next checkpoint
         while process.is_alive() and not (path.exists() and path.stat().st_mtime_ns > before):
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.3))
@@ -384,7 +384,7 @@ def test_kill_9_at_random_points(tmp_path):
 
 
 def test_deadline_saves_before_it_stops(tmp_path, monkeypatch):
-    "Also where checkpoints are far apart, and where the first epoch takes much longer than the others"
+    "Also with few checkpoints, and if the first epoch takes much longer than the others"
     c = small(epochs=50)
 
     class Slow(engine.Deadline):
@@ -419,7 +419,7 @@ def test_saving_takes_a_twentieth_of_the_time(tmp_path, monkeypatch):
 
 
 def test_counters_of_adam_stay_on_the_cpu(stopped):
-    "Where they were on the device, each step would wait for it once per parameter"
+    "On the device, each step would wait for them once per parameter"
     c, folder, path = stopped
     checkpoint = engine.Checkpoint(path, c)
     assert checkpoint.load() == 1
@@ -434,7 +434,7 @@ def test_counters_of_adam_stay_on_the_cpu(stopped):
 
 @pytest.fixture
 def deterministic():
-    "On a GPU: sums in the same order each time (cuBLAS asks for CUBLAS_WORKSPACE_CONFIG=:4096:8)"
+    "Sums in the same order each time, also on a GPU (cuBLAS needs CUBLAS_WORKSPACE_CONFIG=:4096:8)"
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -443,7 +443,7 @@ def deterministic():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.usefixtures('deterministic')
 def test_resumed_on_a_gpu(tmp_path, monkeypatch):
-    "Ends like a run that was never stopped, and no step of it waits for the device"
+    "A resumed run ends like an uninterrupted one, and none of its steps waits for the device"
     c = small()
 
     class Stop(engine.Deadline):
@@ -473,7 +473,7 @@ def test_resumed_on_a_gpu(tmp_path, monkeypatch):
 @pytest.mark.usefixtures('deterministic')
 @pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
 def test_cuda_graphs_give_the_numbers_of_the_engine_without(tmp_path, precision):
-    "The stages recorded as graphs: same losses, same terms, same pulls"
+    "Stages recorded as graphs give the same losses, terms and pulls"
     c = small(precision=precision, channels_last=True, width=8)
     plain = run(c, tmp_path / 'plain', device='cuda')
     graphs = run(c, tmp_path / 'graphs', device='cuda', cuda_graphs=True)
@@ -487,7 +487,7 @@ def test_cuda_graphs_need_a_gpu(tmp_path):
 
 
 def test_finished_in_between(tmp_path, monkeypatch):
-    "Another process wrote the record after this one looked for it and before it had the lock: not trained again, and its leftovers go"
+    "Another process writes the record before this one has the lock: the run is not trained again, leftovers are removed"
     c = small(epochs=1, start_epoch=0)
     done, lock = run(c, tmp_path / 'other'), engine.RunLock.__enter__
     (tmp_path / 'checkpoints').mkdir()
@@ -527,7 +527,7 @@ def test_a_finished_run_leaves_nothing_in_memory(tmp_path):
 
 
 def test_compiled_networks_are_not_mixed_up(monkeypatch):
-    "The graphs of another configuration are dropped; seeds and losses of one share theirs; the batch size is no variable"
+    "Graphs of another configuration are dropped, seeds and losses share graphs, and the batch size is fixed"
     reset, options = [], []
     monkeypatch.setattr(torch._dynamo, 'reset', lambda: reset.append(1))
     monkeypatch.setattr(torch, 'compile', lambda model, **k: options.append(k) or model)
@@ -622,7 +622,7 @@ def test_full_disk_does_not_end_the_run(tmp_path, monkeypatch):
 
 
 def full_for(*folders):
-    "A `write_record` for which these folders are on a full disk"
+    "A `write_record` for which the disk of these folders is full"
 
     def write(folder, *args):
         if not folders or Path(folder) in map(Path, folders):
@@ -633,7 +633,7 @@ def full_for(*folders):
 
 
 def test_full_disk_at_the_record_keeps_the_checkpoint(tmp_path, monkeypatch):
-    "No folder takes the record: the error names the checkpoint, which was looked at, and the run can be finished from it"
+    "No folder has room for the record: the error names the checkpoint, and the run can be finished from it"
     c = small(epochs=2)
     with monkeypatch.context() as m:
         m.setattr(engine, 'write_record', full_for())
@@ -667,7 +667,7 @@ def test_a_record_without_room_goes_beside_the_checkpoint_and_comes_home(tmp_pat
 
 
 def test_a_record_without_room_goes_to_the_temporary_folder(tmp_path, monkeypatch):
-    "Also where no checkpoint could be saved: nothing is promised that is not there"
+    "Also if no checkpoint could be saved: the message names only what is there"
     c = small(epochs=2)
 
     def full(*args):
@@ -716,7 +716,7 @@ ls {disk}/c {disk}/r
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason="mounts a tmpfs")
 @pytest.mark.parametrize('left', [196_608, 4096], ids=['no room for a checkpoint', 'no room for the record'])
 def test_results_and_checkpoints_on_a_small_tmpfs(tmp_path, left):
-    "No checkpoint fits: the record is in the folder of the results, or where the error says"
+    "There is no room for a checkpoint: the record is in the results folder, or where the error says"
     c, disk, spare = small(epochs=2, width=32), tmp_path / 'disk', tmp_path / 'spare'
     disk.mkdir()
     spare.mkdir()
@@ -901,7 +901,7 @@ def test_two_processes_give_the_weights_of_one(tmp_path, arch):
 
 
 def test_two_processes_in_single_precision_differ_by_rounding(tmp_path):
-    "No more than what the order of the images within a batch does to a single process, which the kinks of the network can magnify"
+    "By no more than one process differs when the images of a batch are in another order"
     options = 'resnet18', 'float32', 0.001
     one, turned = (weights_after_ten_steps(tmp_path, *options, turned=t)[0] for t in (False, True))
     two = weights_after_ten_steps(tmp_path, *options, processes=2)[0]
@@ -941,7 +941,7 @@ def test_help_tells_every_field(capsys):
 
 
 def test_stopped_from_the_keyboard(tmp_path, monkeypatch, capsys, stopped):
-    "What is said about a checkpoint is what a look at it finds"
+    "The message describes the checkpoint that is there"
     c, folder, path = stopped
 
     def interrupted(*args, **options):
@@ -959,7 +959,7 @@ def test_stopped_from_the_keyboard(tmp_path, monkeypatch, capsys, stopped):
 
 
 def test_a_look_at_a_lock_refuses_nobody(tmp_path):
-    "A look takes a shared lock for a moment; who wants the run waits for it, and two looks do not see each other"
+    "Looking takes a shared lock for a moment: a process that wants the run waits, and two looks do not disturb each other"
     fcntl = pytest.importorskip('fcntl')
     path = tmp_path / 'a.lock'
     path.write_text('')
@@ -983,7 +983,7 @@ def test_looking_does_not_change_the_lock(tmp_path):
 
 
 def test_a_link_is_no_lock(tmp_path):
-    "Its target is somebody's file"
+    "Its target may be another user's file"
     (tmp_path / 'precious').write_text('of somebody')
     (tmp_path / 'a.lock').symlink_to(tmp_path / 'precious')
     with pytest.raises(OSError, match='a.lock.* is a symlink, expected a plain file'):
@@ -993,7 +993,7 @@ def test_a_link_is_no_lock(tmp_path):
 
 
 def test_many_processes_want_one_lock(tmp_path):
-    "Each has it once, never two at a time"
+    "Each gets it in turn, never two at a time"
     finish(*(start(take_a_lock_often, tmp_path / 'a.lock', tmp_path / 'held') for _ in range(3)))
     assert not (tmp_path / 'a.lock').exists()
 
@@ -1027,7 +1027,7 @@ def test_implausible_checkpoints_are_refused_before_training(stopped, monkeypatc
 
 
 def test_a_compressed_state_is_not_unpacked(tmp_path):
-    "A few kilobytes can claim gigabytes"
+    "A few kilobytes can state that they unpack to gigabytes"
     import io, struct, zipfile
 
     save_checkpoint(tmp_path / 'a.pt', {}, dict(a=torch.ones(2)))
@@ -1064,7 +1064,7 @@ def test_durations_are_never_negative(tmp_path, monkeypatch):
     assert min([*record['seconds'].values(), *record['epochs']['seconds']]) >= 0
 
 
-# --- records that are there and no good
+# --- invalid records
 
 
 @pytest.mark.parametrize('damage', ['empty', 'cut', 'foreign', 'no npz'])
@@ -1126,7 +1126,7 @@ def test_a_device_of_another_machine(name):
 
 
 def test_a_device_without_double_precision(tmp_path, monkeypatch):
-    "Sums are kept in single precision there; a run in double precision is refused before training"
+    "Sums are in single precision; a run in double precision raises an error before training"
     monkeypatch.setattr(engine, 'widest_float', lambda device: torch.float32)
     record = run(small(epochs=1, start_epoch=0), tmp_path)
     assert 0 < record['epochs']['train_loss'][0] < 10
@@ -1134,7 +1134,7 @@ def test_a_device_without_double_precision(tmp_path, monkeypatch):
         run(small(precision='float64'), tmp_path)
 
 
-# --- the network is kept
+# --- keeping the network
 
 
 def test_the_command_keeps_the_network(tmp_path):
