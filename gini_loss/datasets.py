@@ -336,13 +336,14 @@ def check_labels(
     "The labels as an int64 tensor. TypeError if they are not integers, ValueError if they are not (N,)"
     labels = torch.as_tensor(labels)
     if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
+        raise TypeError(f"labels must be integers, got {labels.dtype}: call .long() if they are whole numbers")
     if labels.ndim != 1:
         raise ValueError(f"labels must have one dimension, (N,), got shape {tuple(labels.shape)}")
     return labels.long()
 
 def _check_same_length(images, labels):
-    if len(images) != len(labels): raise ValueError(f"{len(images)} images but {len(labels)} labels")
+    if len(images) != len(labels):
+        raise ValueError(f"{len(images)} images but {len(labels)} labels: give one label per image")
 
 # %% ../nbs/20_datasets.ipynb #d5cf6d60
 def split_train_valid(

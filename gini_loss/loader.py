@@ -282,7 +282,7 @@ class DeviceLoader(DataLoader):
         if missing: raise ValueError(f"not the state of a DeviceLoader: {', '.join(sorted(missing))} missing")
         differ = [f"{k}={state[k]} instead of {v}" for k, v in own.items() if state[k] != v]
         if differ:
-            raise ValueError(f"the state belongs to another loader ({', '.join(differ)}): resume with the same settings")
+            raise ValueError(f"the state belongs to another loader ({', '.join(differ)}): use the same settings")
         self.epoch, self.next_batch, self._resume = state['epoch'], state['batch'], True
 
     # -- what fastai calls
