@@ -53,7 +53,8 @@ class RunningGiniKLLoss(GiniKLLoss):
         elif self.means.shape == S.shape: before, fading = self.means.to(S), (1 - 1/self.n_batches)*self.mass.to(mass)
         else:
             raise ValueError(f"{S.shape[0]} channels and {S.shape[1]} classes, but earlier batches had"
-                             f" {' and '.join(map(str, self.means.shape))}: call reset() if the layer or classes change")
+                             f" {' and '.join(map(str, self.means.shape))}: call reset() if the layer or the classes"
+                             " change")
         total = fading + mass
         latest = S*share_of(mass, total)
         mixed = before*share_of(fading, total) + latest.detach()

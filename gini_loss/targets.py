@@ -348,8 +348,8 @@ def restrict_prior(class_prior: Any, Y: LabelMatrix) -> torch.Tensor:
     shares = torch.where(known, prior[classes.clamp(0, len(prior) - 1)], 0)
     present = Y.mass > 0
     lost = present & ~(shares > 0)
-    require(~lost.any(), lambda: f"class_prior is 0 for class {classes[lost][0].item()}, but the batch has images of it:"
-            " count the classes of the training labels")
+    require(~lost.any(), lambda: f"class_prior is 0 for class {classes[lost][0].item()}, but the batch has images of"
+            " it: count the classes of the training labels")
     return torch.where(present, shares, 0)
 
 # %% ../nbs/08_targets.ipynb #a16b7008
