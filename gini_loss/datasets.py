@@ -180,6 +180,7 @@ def _read_cache(path, stamp, sets, size):
     except FileNotFoundError: return None
     except Exception as e:  # a damaged file can raise anything, and the images are still there
         warnings.warn(f"the cache {path} cannot be used ({describe_error(e)}): reading the images again")
+        return None
 
 def _write_cache(path, stamp, arrays):
     "Write the cache, or warn that it cannot be written"
