@@ -28,14 +28,14 @@ DEFAULT = dict(m=256, c=512, side=4, n=100)
 
 
 def keep_freed_memory():
-    "True if the C library now serves all sizes from memory that it never gives back"
+    "True if the C library now keeps all memory that was freed"
     try: libc = ctypes.CDLL('libc.so.6')
     except OSError: return False
     return bool(libc.mallopt(-4, 0) and libc.mallopt(-1, 2**31 - 1))         # M_MMAP_MAX, M_TRIM_THRESHOLD
 
 
 def plain_terms(A, y, n):
-    "Equations 1 to 8 as the derivation writes them, with a one-hot matrix of all n classes and the authors' epsilon"
+    "Equations 1 to 8 as in the derivation, with a one-hot matrix of all n classes and the authors' epsilon"
     eps = 1e-10
     M = A.abs().mean((2, 3))
     Y = F.one_hot(y, n).float()
@@ -58,8 +58,8 @@ class Timer:
         self.wait()
         return (self.clock() - start) / k
     def compare(self, candidates, rounds=None, at_least=.02):
-        """`{name: {median, low, high, rounds}}` in seconds; the first rounds warm up and say how often to repeat what
-        is short"""
+        """`{name: {median, low, high, rounds}}` in seconds. Two runs before the first round warm up and determine how
+        often to repeat short candidates"""
         for f in candidates.values(): self.once(f)
         times = {
             name: max(1, min(200, math.ceil(at_least / max(self.once(f), 1e-7)))) for name, f in candidates.items()
@@ -67,7 +67,7 @@ class Timer:
         rows = {name: [] for name in candidates}
         for _ in range(rounds or self.rounds):
             for name, f in candidates.items():
-                f()  # its own data and memory in place of the previous candidate's
+                f()  # brings its data into the caches
                 rows[name].append(self.once(f, times[name]))
         return {name: summary(o) for name, o in rows.items()}
 
@@ -86,7 +86,7 @@ def slope(xs, ys):
     return sum((p - a)*(q - b) for p, q in zip(x, y)) / sum((p - a)**2 for p in x)
 
 def peak_bytes(f, device):
-    "The most bytes that `f` holds at a time beyond those that were there before"
+    "Peak of the bytes that `f` allocates, beyond those allocated before"
     f()
     if device.type == 'cuda':
         torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
@@ -101,7 +101,7 @@ def peak_bytes(f, device):
     return peak
 
 def kept_bytes(loss, A):
-    "Bytes of what is kept for the backward pass, the maps themselves not counted"
+    "Bytes of the arrays that are kept for the backward pass, without the maps"
     kept, own = {}, A.untyped_storage().data_ptr()
     def note(t): kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(); return t
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): out = loss()
@@ -117,7 +117,7 @@ def batch(device, m=DEFAULT['m'], c=DEFAULT['c'], side=DEFAULT['side'], n=DEFAUL
     return A.requires_grad_(), torch.randint(0, present, (m,), generator=g).to(device) * (n // present)
 
 def both(loss, A):
-    "A closure that runs loss forward and backward"
+    "A function that runs `loss` forward and backward"
     def run(): torch.autograd.grad(loss(), A)
     return run
 
@@ -130,7 +130,7 @@ def plain(A, y, n):
 
 
 def bandwidth(timer):
-    "Bytes per second of reading one large array and of copying it"
+    "Bytes per second for reading a large array and for copying it"
     x = torch.rand(2**26 if timer.device.type == 'cuda' else 2**24, device=timer.device)
     z = torch.empty_like(x)
     nbytes = x.numel() * 4
@@ -138,8 +138,8 @@ def bandwidth(timer):
     return dict(read=nbytes / t['read']['median'], copy=2*nbytes / t['copy']['median'])
 
 def floor_seconds(A, speed):
-    """What the hardware allows: the maps are read once on the way forward; on the way back they are read once and their
-    gradient is written"""
+    """Seconds that the memory bandwidth allows: the maps are read once in the forward pass, and in the backward pass
+    they are read once and their gradient is written"""
     nbytes = A.numel() * A.element_size()
     return nbytes / speed['read'] + 2*nbytes / speed['copy']
 
@@ -191,7 +191,7 @@ def section_losses(timer, speed, quick):
 
 
 def sweep(timer, name, xs, quick, most_plain=math.inf, **fixed):
-    "Both forms over one size, points in turns; the exponents of time and of peak memory"
+    "Both forms for several values of one size, in turns; the exponents of time and of peak memory"
     points, candidates = [], {}
     for x in xs:
         sizes = {**DEFAULT, **fixed, name: x}
@@ -364,8 +364,8 @@ def cifar_files(n, folder):
     return files, 'random images (CIFAR-100 is not on disk)'
 
 def section_throughput(timer, speed, quick):
-    """Whole epochs of a fastai Learner: the device-resident loader, with the terms and without, against the stock
-    loaders, same network and augmentation"""
+    """Whole epochs of a fastai `Learner`: our loader, with the terms and without, and fastai's loaders, with the same
+    network and augmentation"""
     import numpy as np
     from fastai.callback.progress import ProgressCallback
     from fastai.data.transforms import Normalize
@@ -379,7 +379,7 @@ def section_throughput(timer, speed, quick):
     from gini_loss.loader import CIFAR100_MEAN, CIFAR100_STD, device_dls
     from gini_loss.models import resnet18
     device, gpu = timer.device, timer.device.type == 'cuda'
-    timer = Timer(device, timer.rounds)                                 # the clock on the wall counts worker processes
+    timer = Timer(device, timer.rounds)                                 # wall clock, because of the worker processes
     n, bs, width, rounds = (20_000, 500, 64, 5) if gpu else (1_500, 100, 8, 5) if not quick else (1_000, 100, 4, 5)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     with tempfile.TemporaryDirectory() as folder:
@@ -479,7 +479,7 @@ def section_import(timer, speed, quick):
     for i in range((3 if quick else 9) + 1):
         for module in rows:
             t = seconds(module)
-            if i: rows[module].append(t)                                 # the first round warms the disk's cache
+            if i: rows[module].append(t)                                 # the first round fills the cache of the disk
     rows = {k: summary(v) for k, v in rows.items()}
     out = dict(
         seconds=rows,
@@ -536,7 +536,8 @@ def main():
     device, start = torch.device(args.device), time.perf_counter()
     if device.type == 'cuda': torch.backends.cuda.matmul.allow_tf32 = False
     cpu_time = device.type == 'cpu' and torch.get_num_threads() == 1
-    timer = Timer(device, args.rounds or (5 if args.quick else 21), time.process_time if cpu_time else time.perf_counter)
+    rounds = args.rounds or (5 if args.quick else 21)
+    timer = Timer(device, rounds, time.process_time if cpu_time else time.perf_counter)
     load = lambda: [round(v, 2) for v in os.getloadavg()] if hasattr(os, 'getloadavg') else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     record = dict(

@@ -1,5 +1,5 @@
-"""The paper's equations index by index in Python floats, their derivatives in closed form, and random batches: the
-judge of the loss's tests."""
+"""The oracle for the tests of the loss: the paper's equations index by index in Python floats, their derivatives in
+closed form, and random batches."""
 
 import math
 import random
@@ -13,8 +13,8 @@ def oracle(A, Y, rectify='abs', reverse=False, dead=0.):
     """Values and gradients from nested lists: A (m, c, positions), Y (m, n). Channels whose class means add up to no
     more than `dead` are left out.
 
-    A class that no channel fires for has an infinite slope under Eq. 5, where zero is the convention; reversed, H^S
-    is floored at 1e-10."""
+    For a class without channels the slope of Eq. 5 is infinite, and zero by convention; reversed, H^S is clamped to at
+    least 1e-10."""
     m, c, n = len(Y), len(A[0]) if A else 0, len(Y[0]) if Y else 0
     f = {'abs': abs, 'relu': lambda a: max(a, 0.), 'none': lambda a: a}[rectify]
     slope = {'abs': lambda a: (a > 0) - (a < 0), 'relu': lambda a: float(a > 0), 'none': lambda a: 1.}[rectify]

@@ -16,7 +16,7 @@ from gini_loss.tap import FeatureTap
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 def plain_terms(A, y, n):
-    "Equations 1 to 8 typed in, with a one-hot matrix of all n classes"
+    "Equations 1 to 8 with a one-hot matrix of all n classes"
     M, Y = A.abs().mean((2, 3)), F.one_hot(y, n).to(A.dtype)
     S = M.T @ (Y / Y.sum(0).clamp(min=1))
     P = S / S.sum(1, keepdim=True)
@@ -70,13 +70,13 @@ def test_only_the_pooling_touches_the_maps(rectify, forward, backward, n, layout
     assert seen[0].names == forward and seen[1].names == backward
 
 def test_the_plain_form_touches_them_more_often():
-    "The test above can fail"
+    "The test above can fail: the plain form uses more operations"
     A, y = batch(10)
     assert len(watch(lambda x: plain_terms(x, y, 10), A)[1].names) > 2
 
 def test_nothing_as_large_as_the_maps_is_kept():
-    """Between the passes: the maps themselves, which the network keeps anyway, and a few numbers for each of their
-    averages"""
+    """Between the passes, the loss keeps the maps, which the network keeps anyway, and a few numbers per image and
+    channel"""
     A, y = batch(10**6); A.requires_grad_()
     kept = {}
     def note(t): kept.setdefault(t.untyped_storage().data_ptr(), t); return t
@@ -110,7 +110,7 @@ def test_bytes_do_not_grow_with_the_number_of_classes(given):
     for n in (1000, 21_841, 10**6): assert total(n) <= min(1.05 * total(100), plain)
 
 def peak_bytes(f):
-    "The most bytes that `f` holds at a time beyond those that were there before"
+    "Peak of the bytes that `f` allocates, beyond those allocated before"
     f()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof: f()
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == '[memory]']
@@ -172,7 +172,7 @@ def test_no_multiplication_depends_on_the_number_of_classes():
 @pytest.mark.parametrize('n', [20, 299, 300, 301])
 @pytest.mark.parametrize('ignored', [False, True])
 def test_rows_added_equal_the_product(n, ignored):
-    "About the number of images and below it: rows added up by class agree with the plain form"
+    "For about as many classes as images, and fewer, sums of rows by class agree with the plain form"
     torch.manual_seed(0)
     A, y = torch.randn(300, 12, 2, 2, dtype=torch.float64), torch.randint(0, n, (300,))
     y[-1] = n - 1 if n <= 300 else y[-1]
@@ -197,7 +197,7 @@ def test_rows_added_equal_the_product(n, ignored):
     'shape, dims', [((3, 4, 5, 2), [2, 3]), ((3, 5, 2, 4), [1, 2]), ((3, 4), []), ((0, 4, 3), [2]), ((3, 7, 4), [1])]
 )
 def test_mean_of_rectified_maps(dtype, rectify, shape, dims):
-    "Value, gradient and its dtype, with zeros among the activations and a gradient that float16 cannot hold"
+    "Value, gradient and its dtype, with activations of zero and a gradient that is too large for float16"
     torch.manual_seed(0)
     A = torch.randn(shape).to(dtype); A[torch.rand(shape) < .3] = 0
     wide = torch.promote_types(dtype, torch.float32)
@@ -212,7 +212,7 @@ def test_mean_of_rectified_maps(dtype, rectify, shape, dims):
     torch.testing.assert_close(got, g)
 
 def test_second_derivative_of_a_pipeline():
-    "A gradient penalty behind a network: the closed forms against the plain form, for parameters too"
+    "A gradient penalty agrees with the plain form, also for the parameters of a network"
     torch.manual_seed(0)
     net, x, y = (
         torch.nn.Conv2d(2, 5, 3, padding=1).double(),
@@ -229,7 +229,7 @@ def test_second_derivative_of_a_pipeline():
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=0)
 
 def test_functional_gradient():
-    "torch.func, for those who train with functions"
+    "The loss works with torch.func"
     A, y = batch(10, m=40, c=6, size=2)
     x = A.clone().requires_grad_()
     expected, = torch.autograd.grad(GiniKLLoss()(x, y), x)
@@ -250,7 +250,7 @@ SETTINGS = [
 @pytest.mark.parametrize('kwargs', SETTINGS, ids=str)
 @pytest.mark.parametrize('soft', [False, True])
 def test_no_shape_or_branch_depends_on_values(kwargs, soft):
-    "Forward on tensors that claim to be on a GPU and have no values: anything that waits for a value raises"
+    "Fake tensors on a GPU have no values: an operation that needs a value raises an error"
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
     with FakeTensorMode():
         try:
@@ -276,7 +276,7 @@ def test_no_shape_or_branch_depends_on_values(kwargs, soft):
 
 @pytest.mark.parametrize('kwargs', SETTINGS, ids=str)
 def test_traced_graphs_are_static(kwargs):
-    "Both graphs, forward and backward, as a compiler gets them: static shapes, no value read by the host"
+    "The forward and backward graphs of a compiler have static shapes, and the host reads no value"
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
     torch._dynamo.reset(); graphs = []

@@ -81,14 +81,14 @@ SCENARIOS = { # name: (split, targets, keyword arguments of the loss)
     'prior, more classes than columns': ('uneven', 'far apart', dict(class_prior=torch.arange(1., 500_001))),
 }
 def dtype_of(scenario):
-    return torch.float32 if scenario == 'float32' else torch.float64  # in float64 an error cannot hide behind rounding
+    return torch.float32 if scenario == 'float32' else torch.float64  # float64 distinguishes errors from rounding
 
 
 STEPS = 4
 
 def train(model, net, scenario, rank=0, world=1, distributed=True):
-    """Some steps of SGD; cross-entropy is summed and divided by the size of the whole batch, so that uneven parts add
-    up. Weights at the end, gradients of the first step, terms of each"""
+    """Some steps of SGD. Returns the final weights, the gradients of the first step and the terms of each step.
+    Cross-entropy is divided by the size of the whole batch, so parts of different sizes add up"""
     split, kind, kwargs = SCENARIOS[scenario]
     sizes = SPLITS[split](world) if world > 1 else [24]
     part = slice(sum(sizes[:rank]), sum(sizes[:rank + 1]))
@@ -107,8 +107,8 @@ def train(model, net, scenario, rank=0, world=1, distributed=True):
     return dict(weights=[p.detach().clone() for p in net.parameters()], gradients=first, terms=torch.stack(terms))
 
 def direct_gradient(rank, world, order=1):
-    """Gradient on the activations themselves, in float64, and the second derivative: the sum over processes of their
-    losses"""
+    """First and second derivative, with respect to the activations and in float64, of the sum of the losses of all
+    processes"""
     g = torch.Generator().manual_seed(7)
     A, y = torch.rand(12, 4, 3, generator=g, dtype=torch.float64) + .1, torch.randint(0, 4, (12,), generator=g)
     part = slice(12*rank//world, 12*(rank + 1)//world)
@@ -129,7 +129,7 @@ def accumulate(model, rank, world):
     return [p.grad.clone() for p in model.parameters()]
 
 def sync_batchnorm(rank, world):
-    "SyncBatchNorm replaces modules: a tap made afterwards works, one made before says that its layer no longer runs"
+    "SyncBatchNorm replaces modules: a tap made afterwards works, one made before raises an error that says so"
     torch.manual_seed(0)
     net = (
         nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5)).double().eval()
@@ -149,11 +149,11 @@ def sync_batchnorm(rank, world):
     return message, [g / world for g in gradients]
 
 def fully_sharded(rank, world):
-    """FSDP2: parameters in shards, gathered for each layer. Gradients as whole tensors, the terms, and what a tap put
-    on before sharding finds; why not, where torch cannot"""
+    """FSDP2 shards the parameters and gathers them for each layer. Returns gradients as whole tensors, the terms, and
+    the result of a tap made before sharding; or the reason if this torch cannot do it"""
     try:
         return sharded(rank, world)
-    except Exception as e:  # every process fails alike, before it waits for another
+    except Exception as e:  # all processes fail in the same way, before any of them waits
         if world == 1 or torch.__version__ >= (2, 7):
             raise
         reason = str(e).splitlines()[0] if str(e) else ''
@@ -203,12 +203,12 @@ def running(rank, world):
 
 
 def bad_label(rank, world):
-    "The same wrong label everywhere is told by each process, and none is left waiting"
+    "If all processes have the same wrong label, each raises an error, and none waits"
     try: GiniKLLoss(n_classes=3)(torch.rand(4, 2), torch.tensor([0, 1, 2, 3]))
     except ValueError as e: return str(e)
 
 def compiled(rank, world, n_classes):
-    "Terms of compiled losses: as one graph, or why not, and with breaks allowed"
+    "Terms of compiled losses: as one graph, or the reason why not, and with graph breaks"
     _, y, _ = (t[rank::world] for t in make_batch(0, 'sorted'))
     A, out = torch.rand(24, 7, generator=torch.Generator().manual_seed(3))[rank::world], {}
     for fullgraph in (True, False):
@@ -243,7 +243,7 @@ def run_all(rank, world):
     return out
 
 def work(rank, folder):
-    "First a group of 3; then two of the processes form a group of 2"
+    "First a group of 3, then a group of 2 of these processes"
     torch.set_num_threads(1)
     for world in (3, 2):
         if rank < world:
@@ -256,12 +256,12 @@ def work(rank, folder):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    "Where three processes have left what they found"
+    "Folder with the results of three processes"
     folder = tmp_path_factory.mktemp('ranks')
     interface = next((name for _, name in socket.if_nameindex() if name in ('lo', 'lo0')), None)
     with pytest.MonkeyPatch.context() as env:
         if interface:
-            env.setenv('GLOO_SOCKET_IFNAME', interface)  # no need of a network that resolves this machine's name
+            env.setenv('GLOO_SOCKET_IFNAME', interface)  # needs no network that resolves this name
         env.setenv('OMP_NUM_THREADS', '1')
         context, end = mp.spawn(work, (str(folder),), nprocs=3, join=False), time.monotonic() + TIMEOUT
         try:
@@ -275,7 +275,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module', params=[2, 3], ids=lambda n: f'{n} processes')
 def ranks(request, folder):
-    "What each process of a group of 2 or 3 found, in the order of their ranks"
+    "Results of the processes of a group of 2 or 3, in the order of their ranks"
     return [torch.load(folder/f'{request.param}-{rank}.pt', weights_only=False) for rank in range(request.param)]
 
 def close(got, expected, atol=1e-10):
@@ -284,8 +284,8 @@ def close(got, expected, atol=1e-10):
 
 @pytest.mark.parametrize('scenario', SCENARIOS)
 def test_training_equals_one_process(ranks, scenario):
-    """Terms of each step, gradients of the first and final weights, on every process, to 1e-6 in float32 and 1e-10 in
-    float64"""
+    """On every process, the terms of each step, the first gradients and the final weights are those of one process, to
+    1e-6 in float32 and 1e-10 in float64"""
     net = make_model(dtype_of(scenario))
     atol = 1e-6 if scenario == 'float32' else 1e-10
     expected = train(net, net, scenario)
@@ -301,7 +301,7 @@ def test_without_the_sums_over_processes_it_would_not(ranks):
     assert (ranks[0]['not distributed']['terms'] - ranks[1]['not distributed']['terms']).abs().max() > 1e-3
 
 def test_gradient_of_the_activations_and_its_derivative(ranks):
-    "In float64. Each process's loss is the loss of all, so their mean is differentiated"
+    "In float64. Each process has the loss of the whole batch, so the gradient is that of their mean"
     expected = direct_gradient(0, 1)
     close([torch.cat([r['direct']['first'] for r in ranks])], [expected['first']], 1e-12)
     close([torch.cat([r['direct']['second'] for r in ranks])], [expected['second']], 1e-12)
@@ -318,7 +318,7 @@ def test_sync_batchnorm_before_the_tap(ranks):
         assert "layer '1' did not run" in message; close(gradients, expected)
 
 def test_fully_sharded(ranks):
-    """FSDP2 on the CPU: gradients and terms of one process, classes sorted so that each process has its own; a tap from
+    """FSDP2 on the CPU gives the gradients and terms of one process, if each process has its own classes. A tap made
     before sharding works too"""
     expected = fully_sharded(0, 1)
     if isinstance(why := ranks[0]['fully sharded'], str): pytest.skip(why)
@@ -335,8 +335,8 @@ def test_running_averages(ranks):
 
 
 def test_one_graph_needs_n_classes(ranks):
-    """Up to 4,096 classes nothing is asked of the other processes and the compiled loss is one graph. With more, or
-    without n_classes, the host waits for the sizes of the batches: a break"""
+    """Up to 4,096 classes no labels are gathered, and the compiled loss is one graph. With more, or without n_classes,
+    the host waits for the sizes of the batches, which breaks the graph"""
     _, y, _ = make_batch(0, 'sorted')
     world = len(ranks)
     order = torch.cat([torch.arange(24)[r::world] for r in range(world)])
@@ -349,7 +349,7 @@ def test_one_graph_needs_n_classes(ranks):
         for n in (None, 10**6): assert isinstance(r['compiled'][n][True], str)
 
 def test_labels_are_asked_for_only_where_they_must_be(monkeypatch):
-    "With n_classes of at most 4,096 no collective runs for the labels"
+    "With n_classes of at most 4,096, no collective runs for the labels"
     def waits(*args): raise AssertionError("all_gather")
     monkeypatch.setattr(dist, 'all_gather', waits)
     ranks, y = Ranks(), torch.tensor([0, 3])
@@ -362,7 +362,7 @@ def test_a_bad_label_is_told_and_nobody_waits(ranks):
     assert all("label 3 is not below n_classes=3" in r['bad label'] for r in ranks)
 
 def test_the_plain_function_is_of_one_process(ranks):
-    "gini_loss and kl_loss are what they say on the batch they are given; GiniKLLoss is what sums over processes"
+    "gini_loss and kl_loss use only the batch of this process; GiniKLLoss sums over the processes"
     for rank, r in enumerate(ranks):
         assert torch.equal(
             r['function'],

@@ -18,11 +18,11 @@ FUZZ = int(os.environ.get('GINI_LOSS_FUZZ', 0))
 # ---- Fuzz ----
 
 def magnitudes(rng, shape, dtype, hostile):
-    "Random magnitudes of a dtype with exact zeros; `hostile`: over its whole finite range, subnormal numbers included"
+    "Random magnitudes of a dtype, with exact zeros; `hostile`: its whole finite range, including subnormal numbers"
     info = torch.finfo(dtype)
     low, high = (math.log10(info.smallest_normal) - 2, math.log10(info.max)) if hostile else (-3, 3)
     if dtype == torch.float64:
-        low, high = max(low, -140), min(high, 140)  # as far as the float64 oracle itself reaches
+        low, high = max(low, -140), min(high, 140)  # the range of the float64 oracle
     x = 10. ** rng.uniform(low, high, shape)
     x = np.minimum(np.where(rng.random(shape) < rng.choice([0, .3, .9]), 0, x), info.max)
     return torch.tensor(x, dtype=torch.float64).to(dtype)
@@ -57,7 +57,7 @@ def strided(x, how):
     suppress_health_check=list(HealthCheck),
 )
 def test_fuzz(seed, m, c, n, layout, dtype, hostile, rectify, reverse, targets, ignored, stride, give_n):
-    "From finite input: the right finite numbers, or a clear error where averages leave the range of the dtype"
+    "Finite input gives the right finite numbers, or a clear error if averages leave the range of the dtype"
     rng = np.random.default_rng(seed); (names, channel_dim), info = layout, torch.finfo(dtype)
     A = magnitudes(rng, [{'m': m, 'c': c}[d] if d in 'mc' else int(rng.integers(1, 3)) for d in names], dtype, hostile)
     if rectify != 'none': A = A * torch.tensor(rng.choice([-1, 1], A.shape), dtype=dtype)
@@ -82,7 +82,7 @@ def test_fuzz(seed, m, c, n, layout, dtype, hostile, rectify, reverse, targets, 
         rectify=rectify, reverse_kl=reverse, n_classes=n_classes, channel_dim=channel_dim, ignore_index=ignore_index
     )
     o = oracle(as_lists(A, channel_dim), Y, rectify, reverse, DEAD)
-    assume(all(not DEAD / 2 < t < DEAD * 2 for t in o['T']))  # on the edge, either answer is right
+    assume(all(not DEAD / 2 < t < DEAD * 2 for t in o['T']))  # at the threshold, both answers are right
     assume(
         o['lost'] < 1e-16
     )  # a share of an image below float32's range times an activation at the top of it is lost before they meet
@@ -98,13 +98,13 @@ def test_fuzz(seed, m, c, n, layout, dtype, hostile, rectify, reverse, targets, 
     assert abs(gini.item() - o['gini']) <= (1e-5*o['gini'] + 1e-7 if single else 1e-10)
     assert abs(kl.item() - o['kl']) <= (1e-5*abs(o['kl']) + 2e-6 if single else 1e-9)
     if reverse and any(0.9e-10 < h < 1.1e-10 for h in o['hS']):
-        return  # on the edge of the floor the slope jumps
+        return  # at the clamp, the slope jumps
     T = torch.tensor([[t] for t in o['T']], dtype=torch.float64)
     for got, name, steep in zip(d, ('d_gini', 'd_kl'), (2., max(map(abs, o['g']), default=0.) + 1)):
         if not m or not o['live']: assert (got == 0).all(); continue
         got = got.double().movedim(channel_dim, 1).flatten(1).reshape(m, c, -1)
         expected = torch.tensor(o[name])
-        fits = expected.abs() < 0.99 * info.max  # a float16 gradient beyond 65504 is infinite, as it has to be
+        fits = expected.abs() < 0.99 * info.max  # a float16 gradient above 65504 must be infinite
         assert got[fits].isfinite().all()
         if name == 'd_kl' and single and not reverse and o['rough']:
             continue  # log H^S of a class average that float32 cannot hold
@@ -123,7 +123,7 @@ def test_fuzz(seed, m, c, n, layout, dtype, hostile, rectify, reverse, targets, 
     suppress_health_check=list(HealthCheck),
 )
 def test_fuzz_float64_extremes(seed, m, c, reverse, soft):
-    "Beyond the oracle's reach, up to 1e308 and down to 1e-320: finite, within the bounds, or a clear error"
+    "Beyond the range of the oracle, from 1e-320 to 1e308: finite and within the bounds, or a clear error"
     rng = np.random.default_rng(seed)
     A = torch.tensor(10. ** rng.uniform(-322, 308, (m, c)) * (rng.random((m, c)) < .8)).requires_grad_()
     y = (
@@ -133,5 +133,5 @@ def test_fuzz_float64_extremes(seed, m, c, reverse, soft):
     )
     try: gini, kl = GiniKLLoss(reverse_kl=reverse).terms(A, y)
     except ValueError as e: assert 'too large' in str(e) and max(A.max(), y.max()) > 1e305; return
-    assert 0 <= gini <= 1 and -3e-10 <= kl < 1500  # reversed, the floor can add 1e-10 to each class
+    assert 0 <= gini <= 1 and -3e-10 <= kl < 1500  # reversed, the clamp can add 1e-10 to each class
     assert torch.autograd.grad(gini + kl, A)[0].isfinite().all()

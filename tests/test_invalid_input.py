@@ -1,4 +1,4 @@
-"""Bad input: each kind has its own message, which says what to do; what is meant well is taken."""
+"""Invalid input: each kind has its own message, which says what to do. Unusual but valid input is accepted."""
 import math
 import warnings
 
@@ -10,7 +10,7 @@ from gini_loss.losses import (GiniKLLoss, class_means, class_probs, diagnostics,
                               gini_loss, kl_loss, label_histogram, pool)
 from gini_loss.targets import MixedTargets
 
-# ---- Bad input: each its own message ----
+# ---- Invalid input: each kind has its own message ----
 
 A4, Y4, SOFT = torch.rand(4, 3), torch.tensor([0, 1, 2, 0]), torch.eye(3)[[0, 1, 2, 0]]
 BAD = {
@@ -245,12 +245,12 @@ def test_targets_and_activations_on_two_devices():
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_probabilities_of_any_precision_are_accepted(dtype):
-    "Many classes, few, one, and a dead channel: rounding does not make them improbable"
+    "Probabilities of many classes, few, one, and of a dead channel: rounding does not make them invalid"
     for n in (1, 2, 100, 5000):
         P = class_probs(torch.rand(30, n)).to(dtype); P[0] = 0
         assert gini_impurity(P).shape == (30,) and feature_histogram(P).isfinite().all()
 
-# ---- Whole numbers of any kind, and what is none ----
+# ---- Integers of any kind, and what is not an integer ----
 
 def test_numpy_integers_are_numbers():
     A, y = torch.rand(6, 4, 2, 2), torch.arange(6) % 3
@@ -293,7 +293,7 @@ KINDS = {
 
 @pytest.mark.parametrize('name', KINDS)
 def test_other_kinds_of_tensors_are_refused(name):
-    "As activations and as targets, with the call that converts that kind"
+    "As activations and as targets; the message names the call to convert them"
     make, advice = KINDS[name]
     try: x = make()
     except (RuntimeError, NotImplementedError) as e: pytest.skip(f"this torch has none: {e}")
@@ -314,7 +314,7 @@ def test_the_advice_works(name):
     assert GiniKLLoss()(remedy(x), Y4).isfinite()
 
 def test_the_advice_for_nested_tensors_works():
-    "Padded and masked: terms and gradients are those of each sequence's own mean"
+    "Padded and masked, terms and gradients are those of the mean of each sequence"
     rows, y = [torch.randn(k, 6) for k in (3, 5, 2, 4)], torch.tensor([0, 1, 0, 2])
     x = torch.nested.to_padded_tensor(torch.nested.nested_tensor(rows, layout=torch.jagged), 0.).requires_grad_()
     mask = torch.arange(5) < torch.tensor([3, 5, 2, 4])[:, None]
@@ -385,18 +385,18 @@ def test_a_prior_of_zero_for_a_class_of_the_batch(y):
         kl_loss(A4, y, class_prior=[0.3, 0.3, 0, 0.4])
 
 
-# ---- Targets that are no classes ----
+# ---- Targets that are not classes ----
 
 def test_regression_targets():
-    "One column or a value for each image: no advice that would train on nonsense"
+    "One column, or a value for each image: the message does not advise a conversion that would train on nonsense"
     values = torch.tensor([.5, 1.25, 3., -2.2])
     for y in (values, values[:, None]):
         with pytest.raises((TypeError, ValueError), match="regression targets.*bucketize") as e: GiniKLLoss()(A4, y)
         assert '.long()' not in str(e.value)
 
 def test_rows_that_are_no_shares_get_a_word():
-    """Positive regression targets in several columns cannot be told from class shares for certain: a warning says how
-    they are taken"""
+    """Positive regression targets in several columns cannot be distinguished from class shares with certainty: a
+    warning says how they are used"""
     with pytest.warns(UserWarning, match="some rows sum to 15.7.*regression targets have no classes"):
         GiniKLLoss()(A4, torch.tensor([[12.5, 3.2], [0.4, 0.6], [1, 0], [0, 1]]))
     with warnings.catch_warnings():
@@ -413,7 +413,7 @@ def test_rows_that_are_no_shares_get_a_word():
 
 
 def test_labels_for_each_position():
-    "Refused, with a way that works: positions counted as images"
+    "They raise an error that says what works: count each position as an image"
     A, y = torch.rand(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5))
     with pytest.raises(
         ValueError, match=r"one label per position.*A\.movedim\(1, -1\)\.flatten\(0, -2\) and y\.flatten\(\)"

@@ -33,7 +33,7 @@ def random_batch(seed, m=60, n=7, c=9, balanced=False, spread=1.):
 
 
 def parts(M, y):
-    "P (c, n), T (c, 1), q (c, 1) of what is live and present, label mass, column of each image, which channels live"
+    "P (c, n), T (c, 1), q (c, 1) of live channels and present classes; label mass, column of each image, live channels"
     present, columns = y.unique(return_inverse=True)
     S = class_means(M, y)[:, present]
     live = S.sum(1) > 0
@@ -81,7 +81,7 @@ def test_gradient_of_the_gini_term_in_a_balanced_batch():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_pull_of_the_gini_term_summed_over_the_batch(seed):
-    "The channels cancel; what is left falls as 1/n at fixed preferences"
+    "The pull does not depend on the number of channels, and falls as 1/n for fixed preferences"
     M, y = random_batch(seed)
     P, *_ = parts(M, y)
     n, u = P.shape[1], P.shape[1]*P - 1
@@ -120,7 +120,7 @@ def test_preferences_grow_in_proportion_under_the_gini_term():
 
 @pytest.mark.parametrize("n", [2, 3, 10, 100])
 def test_a_favourite_keeps_the_pull_at_any_number_of_classes(n):
-    "Half of the mass on one class: a pull of ½ - ½/(n-1); 0 for two classes, where half is no preference"
+    "Half of the mass on one class gives a pull of ½ - ½/(n-1): 0 for two classes, where half is no preference"
     M = torch.full((n, 1), .5/(n - 1), dtype=torch.double)
     M[0] = .5
     expected = torch.tensor(.5 - .5/(n - 1), dtype=torch.double)
@@ -128,7 +128,7 @@ def test_a_favourite_keeps_the_pull_at_any_number_of_classes(n):
 
 
 def test_undecided_channels_are_pulled_less_the_more_classes_there_are():
-    "Spread 30 %: the mean over 400 channels against (2/n)·E|(1+u)(u-v)| of 20,000 others, within five standard errors"
+    "Spread 30 %: the mean over 400 channels is (2/n)·E|(1+u)(u-v)| of 20,000 others, within five standard errors"
     g = torch.Generator().manual_seed(0)
     def per_channel(n, c):
         M = (1 + .3*torch.randn(n, c, generator=g, dtype=torch.double)).abs()
@@ -161,7 +161,7 @@ def test_gradient_and_pull_of_the_kl_term(with_prior):
 
 
 def pure(n, per_class=1):
-    "Activations (m, c) as a function of the labels: each channel fires for one class, `per_class` of them for each"
+    "A function of the labels that returns activations (m, c): each class has `per_class` channels, all pure"
     owner = torch.arange(n).repeat_interleave(torch.as_tensor(per_class).expand(n))
     return lambda y: (y[:, None] == owner).double()
 
@@ -176,7 +176,7 @@ def occupancy(n, m):
 
 
 def floor(n, m):
-    """E L_KL for equal classes and perfectly shared channels, exactly: log m - E log K - n·E[log(N)/K],
+    """Exact E L_KL for equal classes and perfectly spread channels: log m - E log K - n·E[log(N)/K],
     with N images of the first class and K classes present"""
     K = torch.arange(1, n + 1).double()
     value = log(m) - (occupancy(n, m)[1:]*K.log()).sum().item()
@@ -188,7 +188,7 @@ def floor(n, m):
 
 
 def test_floor_by_hand_for_two_classes_and_four_images():
-    "Of 16 draws 8 are three to one, with log(4/3)/2 each; the others cost nothing, those of one class included"
+    "Of 16 draws 8 are three to one, with log(4/3)/2 each; the others have a loss of 0, also those with one class"
     mean = sum(kl_loss(pure(2)(y), y).item() for y in map(torch.tensor, product(range(2), repeat=4))) / 16
     assert mean == pytest.approx(log(4/3)/4, abs=1e-10)
     assert floor(2, 4) == pytest.approx(mean, abs=1e-10)
@@ -216,7 +216,7 @@ def test_floor_formulas(n, m):
     if n*(1 - 1/n)**m < 1e-6: assert abs(series - exact) < 2*(n/m)**3       # the next term is of the order (n/m)³
     present = n*(1 - (1 - 1/n)**m)
     log_count = sum(comb(m, k)*(n - 1)**(m - k)/n**m*log(k) for k in range(2, m + 1)) / (1 - (1 - 1/n)**m)
-    assert abs(log(m/present) - log_count - exact) < .01*exact              # it puts E K in the place of K
+    assert abs(log(m/present) - log_count - exact) < .01*exact              # it replaces K by E K
 
 
 def test_floor_for_unequal_classes():
@@ -233,7 +233,7 @@ def test_floor_for_unequal_classes():
 
 
 def test_draws_without_replacement_have_a_lower_floor():
-    "Leading term times (t-m)/(t-1), since that is what sampling without replacement does to the variance of the counts"
+    "Without replacement, the variance of the counts, and so the leading term, is multiplied by (t-m)/(t-1)"
     n, m, t = 5, 100, 200
     g = torch.Generator().manual_seed(0)
     labels = torch.arange(t) % n
@@ -251,7 +251,7 @@ def test_stratified_batches_have_no_floor():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_class_prior_removes_the_draw(seed):
-    "Pure channels shared out as the prior says: no loss and no gradient, whatever is drawn, whoever is absent"
+    "Pure channels spread as the prior have no loss and no gradient, for any draw and any absent classes"
     counts = torch.tensor([5, 3, 1, 1])
     y = torch.multinomial(counts.double(), 6, replacement=True, generator=torch.Generator().manual_seed(seed))
     M = pure(4, counts)(y)
@@ -266,7 +266,7 @@ def every_draw(p, m):
 
 
 def expected_kl(P, w, counts, weight, target=None):
-    "E L_KL over all draws, of channels with probabilities P (c, n), a share w (c,) of each; H^Y the batch's or `target`"
+    "E L_KL over all draws, for kinds of channels with probabilities P (c, n) and shares w (c,); H^Y: batch or `target`"
     here = counts > 0
     R = P*here[:, None]                                         # (draws, c, n)
     total = R.sum(2)
@@ -278,7 +278,7 @@ def expected_kl(P, w, counts, weight, target=None):
 
 
 def best_histogram(P, counts, weight, target=None):
-    "H^S where E L_KL is smallest, over the share of channels of each kind (a row of P)"
+    "H^S with the smallest E L_KL, over the shares of the kinds of channels (rows of P)"
     z = torch.zeros(len(P), dtype=torch.double, requires_grad=True)
     tolerances = {"tolerance_grad": 1e-12, "tolerance_change": 1e-14}
     optimizer = torch.optim.LBFGS([z], max_iter=200, line_search_fn="strong_wolfe", **tolerances)
@@ -295,7 +295,7 @@ UNEQUAL = [(4, (.298, .263, .233, .206)), (16, (.399, .292, .193, .117)), (32, (
 
 @pytest.mark.parametrize("m, expected", UNEQUAL)
 def test_the_labels_of_the_batch_bias_the_histogram_of_unequal_classes(m, expected):
-    "All draws enumerated. Against rare classes in large batches, p·exp(-(1-p)/(2mp)); in their favour in small ones"
+    "The bias over all draws is against rare classes in large batches, p·exp(-(1-p)/(2mp)), for them in small ones"
     p = torch.tensor([.4, .3, .2, .1], dtype=torch.double)
     best = best_histogram(torch.eye(4, dtype=torch.double), *every_draw(p, m))
     torch.testing.assert_close(best, torch.tensor(expected).double(), rtol=0, atol=6e-4)
@@ -306,13 +306,13 @@ def test_the_labels_of_the_batch_bias_the_histogram_of_unequal_classes(m, expect
 
 
 def test_the_minimum_with_a_class_prior_is_nearly_at_the_prior_for_mixed_channels():
-    "At the prior for pure channels, or a favourite on top of the prior's shares; elsewhere only if no class is absent"
+    "At the prior for pure channels, or with a favourite on top of the prior; for others only if no class is absent"
     p = torch.tensor([.5, .3, .15, .05], dtype=torch.double)
     eye = torch.eye(4, dtype=torch.double)
     draws = every_draw(p, 4)
     torch.testing.assert_close(best_histogram(eye, *draws, target=p), p, rtol=0, atol=1e-6)
     torch.testing.assert_close(best_histogram(.5*eye + .5*p, *draws, target=p), p, rtol=0, atol=1e-6)
-    # a trace of equal shares keeps a channel alive where its class is absent, and it then speaks for the others
+    # with a trace of equal shares, a channel is live if its class is absent, and then counts for the others
     nearly_pure = .98*eye + .005
     assert best_histogram(nearly_pure, *draws, target=p)[3].item() == pytest.approx(.0105, abs=1e-4)
     counts, weight = draws
@@ -321,10 +321,10 @@ def test_the_minimum_with_a_class_prior_is_nearly_at_the_prior_for_mixed_channel
     torch.testing.assert_close(best, p, rtol=0, atol=1e-6)
 
 
-# ---- What a batch says about purity ----
+# ---- The purity of a batch ----
 
 def activations(P, k, cv, draws, seed=0):
-    "Activations (draws, 2, k, n) of a channel: two halves, k images a class in each, means n·P, spread `cv` times that"
+    "Activations (draws, 2, k, n) of a channel: two halves with k images per class, means n·P, spread `cv` times that"
     torch.manual_seed(seed)
     shape = 1/cv**2
     return torch.distributions.Gamma(shape, shape).sample((draws, 2, k, len(P))).double()*P*len(P)
@@ -361,7 +361,7 @@ def test_purity_of_a_pure_channel_is_read_right():
 # ---- Optimisers ----
 
 def trained(optimizer, weight, steps, **options):
-    "Activations after some steps on both terms alone, weighted by `weight`"
+    "Activations after some steps of training on both terms alone, weighted by `weight`"
     M, y = random_batch(0, m=42, balanced=True, spread=.2)
     M.requires_grad_()
     loss, opt = GiniKLLoss(weight, weight), optimizer([M], **options)
@@ -384,7 +384,7 @@ def test_sgd_keeps_the_proportion_to_the_weight():
 
 
 def test_feature_histogram_of_pure_channels_is_their_share():
-    "What the floor starts from: one channel a class is a uniform histogram"
+    "One channel per class gives a uniform histogram"
     y = torch.arange(12) % 4
     shares = feature_histogram(class_probs(class_means(pure(4)(y), y)))
     torch.testing.assert_close(shares, torch.full((4,), .25).double(), **EXACT)

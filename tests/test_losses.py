@@ -1,4 +1,4 @@
-"""The loss as a module among others: memory layouts, subclasses, compilation, copies."""
+"""The loss as a module: memory layouts, subclasses, compilation, copies."""
 import copy
 import math
 import pickle
@@ -32,7 +32,7 @@ def test_memory_layout_does_not_matter():
                 torch.testing.assert_close(got, e, rtol=1e-6, atol=1e-9)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        strided = torch.stack([y, y * 1000], 1)[:10, 1]  # labels read from a table: not contiguous, renumbered
+        strided = torch.stack([y, y * 1000], 1)[:10, 1]  # a column of a table: not contiguous; renumbered
         for got, e in zip(terms_and_gradients(A, strided), terms_and_gradients(A, strided.contiguous())):
             assert torch.equal(got, e)
     expanded = A[:1].expand(10, -1, -1, -1)
@@ -102,7 +102,7 @@ def test_compiled_checks_are_not_lost(bad):
     with pytest.raises((RuntimeError, AssertionError), match="check on the loss's input"): compiled(A, y)
 
 def test_module_is_plain():
-    "No parameters, no buffers, no state: it copies, pickles and moves like any module"
+    "The loss has no parameters, buffers or state, and can be copied, pickled and moved like any module"
     loss = GiniKLLoss(.25, .75, rectify='relu', reverse_kl=True, n_classes=7)
     A, y = torch.randn(6, 3), torch.arange(6)
     assert not list(loss.parameters()) and not loss.state_dict()

@@ -1,5 +1,5 @@
 """The loss against an independent oracle: values, derivatives, analytic cases, invariances, degenerate batches, mixed
-labels, a prior, a mask."""
+labels, priors and masks."""
 
 import math
 
@@ -14,7 +14,7 @@ from gini_loss.targets import MixedTargets, label_matrix
 
 @pytest.mark.parametrize('chunk', range(6))
 def test_agrees_with_the_oracle(chunk):
-    "Values and gradients on 240 random shapes, layouts, targets and settings"
+    "Values and gradients for 240 random shapes, layouts, targets and settings"
     for seed in range(40*chunk, 40*chunk + 40):
         A, y, Y, kwargs, reverse = random_case(seed)
         o = oracle(as_lists(A, kwargs['channel_dim']), Y, kwargs['rectify'], reverse)
@@ -42,7 +42,7 @@ def test_agrees_with_the_oracle(chunk):
 
 @pytest.mark.parametrize('seed', range(20))
 def test_each_step_agrees_with_the_oracle(seed):
-    "The public functions that show a reader the matrices, with all their columns"
+    "The public functions for the steps of the derivation return matrices with all columns"
     A, y, _, kwargs, _ = random_case(1000 + seed)
     if y.ndim == 1:
         y = torch.where(y == kwargs['ignore_index'], y, y % 10); n = 12; Y = one_hot_rows(y, n, kwargs['ignore_index'])
@@ -76,7 +76,7 @@ def test_each_step_agrees_with_the_oracle(seed):
 @pytest.mark.parametrize('rectify', ['abs', 'relu', 'none'])
 @pytest.mark.parametrize('soft', [False, True])
 def test_gradcheck(reverse, rectify, soft):
-    "First and second derivatives against finite differences, away from the kink at zero"
+    "First and second derivatives agree with finite differences, away from activations of zero"
     torch.manual_seed(0)
     A = .2 + torch.rand(5, 3, 2, dtype=torch.float64)
     if rectify != 'none': A = A * torch.where(torch.rand_like(A) < .3, -1, 1)
@@ -87,14 +87,14 @@ def test_gradcheck(reverse, rectify, soft):
     assert torch.autograd.gradgradcheck(lambda A: loss(A, y), A)
 
 def test_soft_targets_have_a_gradient_too():
-    "A learned label (a teacher, a mixing weight) gets the gradient of Eqs. 4 and 7"
+    "Learned targets, such as those of a teacher, get the gradient of Eqs. 4 and 7"
     torch.manual_seed(0)
     A, y = torch.rand(5, 3, dtype=torch.float64), torch.rand(5, 4, dtype=torch.float64).requires_grad_()
     for reverse in (False, True):
         assert torch.autograd.gradcheck(lambda y: GiniKLLoss(reverse_kl=reverse).terms(A, y), y)
 
 
-# ---- What is known without computing ----
+# ---- Analytic cases ----
 
 @pytest.mark.parametrize('n', [1, 2, 5, 30])
 def test_channels_that_fire_for_one_class_are_pure(n):
@@ -124,7 +124,7 @@ def test_kl_is_zero_for_equal_histograms_only(reverse):
 
 @pytest.mark.parametrize('reverse', [False, True])
 def test_bounds(reverse):
-    "0 <= Gini <= 1-1/n and 0 <= KL <= its bound for n classes in the batch; both ends of KL are reached"
+    "0 <= Gini <= 1-1/n and 0 <= KL <= its bound for n classes in the batch; KL reaches both bounds"
     for seed in range(50):
         torch.manual_seed(seed); n = 2 + seed % 7
         A, y = torch.rand(20, 6).pow(8).double(), torch.cat([torch.arange(n), torch.randint(0, n, (20 - n,))])
@@ -162,7 +162,7 @@ def test_order_of_images_channels_positions_and_classes_does_not_matter():
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
 def test_scale_of_a_channel_does_not_matter(dtype):
-    "Values stay, the gradient goes with one over the scale: exactly so for powers of two"
+    "The scale of a channel does not change the value and divides the gradient, exactly for powers of two"
     torch.manual_seed(0)
     A, y = torch.randn(30, 8, dtype=dtype), torch.randint(0, 6, (30,))
     scale = 2. ** torch.arange(-40, 40, 10).to(dtype)
@@ -193,8 +193,8 @@ def test_repeating_the_batch_changes_nothing():
 @pytest.mark.parametrize('m,c,n', [(16, 5, 3), (64, 33, 10), (100, 64, 100), (7, 3, 7), (128, 512, 17)])
 @pytest.mark.parametrize('reverse', [False, True])
 def test_one_hot_rows_equal_labels_exactly(m, c, n, reverse):
-    """Bit for bit, values and gradients, where both make the same matrix Y: n <= m, with n_classes given or the largest
-    label present"""
+    """Values and gradients are bit for bit the same if both make the same matrix Y: n <= m, with n_classes given or the
+    largest label present"""
     torch.manual_seed(0)
     A, y = torch.randn(m, c, 3), torch.cat([torch.arange(n), torch.randint(0, n, (m - n,))])
     one_hot = torch.nn.functional.one_hot(y, n).float()
@@ -209,7 +209,7 @@ def test_one_hot_rows_equal_labels_exactly(m, c, n, reverse):
             kl_loss(A, kept, reverse), kl_loss(A, y, reverse)
         )
     y[::3] = -100
-    left_out = one_hot * (y != -100).float()[:, None]  # a row of zeros takes no part either
+    left_out = one_hot * (y != -100).float()[:, None]  # a row of zeros is left out as well
     for got, expected in zip(
         terms_and_gradients(A, left_out, reverse_kl=reverse), terms_and_gradients(A, y, n_classes=n, reverse_kl=reverse)
     ):
@@ -217,8 +217,8 @@ def test_one_hot_rows_equal_labels_exactly(m, c, n, reverse):
 
 @pytest.mark.parametrize('n', [200, 10**4])
 def test_one_hot_rows_equal_labels_with_more_classes_than_images(n):
-    """Labels are then renumbered into fewer columns, so sums over columns round in another order: equal to a few units
-    in the last place"""
+    """The labels are renumbered into fewer columns, so sums over columns are rounded in another order: equal up to a
+    few units in the last place"""
     torch.manual_seed(0)
     A, y = torch.randn(64, 20, 3), torch.randint(0, n, (64,))
     one_hot = torch.nn.functional.one_hot(y, n).float()
@@ -266,7 +266,7 @@ def test_ignored_images_take_no_part(ignore_index):
     assert class_means(A, y, ignore_index=ignore_index).shape == (
         6,
         int(y[kept].max()) + 1,
-    )  # an ignored label needs no column
+    )  # an ignored label is not counted
     assert label_histogram(y, ignore_index=ignore_index).shape == (int(y[kept].max()) + 1,)
 
 # ---- Degenerate batches ----
@@ -291,7 +291,7 @@ def test_degenerate_batches_are_finite(case, dtype, reverse):
     if case in ('one class', 'one image', 'all dead'): assert gini == kl == 0
     dead = (A == 0).all(0).flatten(1).all(1)
     assert (d_gini[:, dead] == 0).all() and (d_kl[:, dead] == 0).all()
-    if case == 'some dead':  # as if they were not there
+    if case == 'some dead':  # the same as without these channels
         for got, expected in zip((gini, kl), GiniKLLoss(reverse_kl=reverse).terms(A[:, ::2].to(dtype), y)):
             torch.testing.assert_close(got, expected)
 
@@ -322,7 +322,7 @@ def test_nothing_to_average_gives_zero_with_a_graph(make, reverse, n_classes):
 # ---- Mixed labels ----
 
 def mixed_case(seed, m, c, n, ignored=False):
-    "A batch with two labels for each image, and the same as a matrix of all classes"
+    "A batch with two labels for each image, and the equivalent matrix of all classes"
     torch.manual_seed(seed)
     A, y, other, lam = (
         torch.randn(m, c, 2, dtype=torch.float64),
@@ -346,8 +346,8 @@ def mixed_case(seed, m, c, n, ignored=False):
 @pytest.mark.parametrize('give_n', [False, True])
 @pytest.mark.parametrize('reverse', [False, True])
 def test_mixed_labels_equal_the_matrix_of_all_classes(m, c, n, ignored, give_n, reverse):
-    """Terms, gradients and the second derivative, to 1e-12, by products and by rows, with fewer classes and with more
-    than two for each image"""
+    """Terms, gradients and the second derivative agree to 1e-12, with products and with sums of rows, for fewer and for
+    more than two classes per image"""
     A, mixed, dense = mixed_case(m + n, m, c, n, ignored)
     x, loss = A.requires_grad_(), GiniKLLoss(reverse_kl=reverse, n_classes=n if give_n else None)
     Y = label_matrix(mixed, n_classes=n if give_n else None, renumber=True)
@@ -362,7 +362,7 @@ def test_mixed_labels_equal_the_matrix_of_all_classes(m, c, n, ignored, give_n, 
 @pytest.mark.parametrize('n_classes', [None, 7, 10**6])
 @pytest.mark.parametrize('m', [16, 80])
 def test_mixed_labels_compiled(n_classes, m):
-    "One graph, as for hard labels"
+    "A compiled loss is one graph, as for hard labels"
     A, mixed, dense = mixed_case(0, m, 5, 7)
     A, y, other, lam = A.float(), mixed.labels, mixed.others, mixed.lam.float()
     loss = GiniKLLoss(n_classes=n_classes)
@@ -377,10 +377,10 @@ def test_mixed_labels_compiled(n_classes, m):
     )
 
 
-# ---- A prior in the place of the batch's labels ----
+# ---- A prior instead of the labels of the batch ----
 
 def kl_with_prior(A, Y, prior, reverse):
-    "Eq. 5 with H^Y the prior of the classes in the batch, from nested lists"
+    "Eq. 5 from nested lists, where H^Y is the prior of the classes in the batch"
     o = oracle(as_lists(A), Y)
     present = [sum(row[j] for row in Y) > 0 for j in range(len(prior))]
     kept = [p if there else 0. for p, there in zip(prior, present)]
@@ -391,7 +391,7 @@ def kl_with_prior(A, Y, prior, reverse):
 PRIOR = [.3, .1, .25, .05, .2, .1]
 
 def prior_case(kind, m=14, n=6):
-    "Targets of some of six classes, and their matrix as lists"
+    "Targets with some of six classes, and their matrix as lists"
     g = torch.Generator().manual_seed(3)
     y = torch.randint(0, 4, (m,), generator=g)  # classes 4 and 5 are absent
     if kind == 'ignored': y[::4] = -100
@@ -409,7 +409,7 @@ def prior_case(kind, m=14, n=6):
 @pytest.mark.parametrize('kind', ['labels', 'ignored', 'mixed', 'soft'])
 @pytest.mark.parametrize('reverse', [False, True])
 def test_a_prior_stands_for_the_labels(kind, reverse):
-    "Restricted to the classes with label mass in the batch and scaled; shares or counts; the Gini term does not change"
+    "A prior of shares or counts is restricted to the classes of the batch and scaled; the Gini term does not change"
     A, (y, Y) = torch.randn(14, 5, dtype=torch.float64), prior_case(kind)
     expected = kl_with_prior(A, Y, PRIOR, reverse)
     for prior in (PRIOR, torch.tensor(PRIOR)*640, [round(1000*p) for p in PRIOR]):
@@ -430,7 +430,7 @@ def test_a_prior_stands_for_the_labels(kind, reverse):
 
 
 def test_a_prior_with_renumbered_classes():
-    "More classes than images: the prior is looked up for the columns that the batch has"
+    "With more classes than images, the prior of each column is that of its class"
     prior, y = torch.rand(10**5) + .1, torch.tensor([7, 99_999, 7, -100, 50_000, 12])
     A, few = torch.rand(6, 4, dtype=torch.float64), [7, 12, 50_000, 99_999]
     compact = torch.tensor([0, 3, 0, -100, 2, 1])
@@ -452,7 +452,7 @@ def test_nothing_to_average_with_a_prior():
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
 def test_pull_is_the_norm_of_each_gradient(dtype):
-    "Of the unweighted terms and of the main loss, whose graph is kept"
+    "Norms for the unweighted terms and for the main loss, whose graph is kept"
     x, W = torch.randn(20, 6, 2, 2, dtype=torch.float64).to(dtype), torch.randn(6, 4, dtype=torch.float64).to(dtype)
     A, y = (x*2).requires_grad_(), torch.randint(0, 4, (20,))
     main = torch.nn.functional.cross_entropy(A.relu().mean((2, 3)) @ W, y)
@@ -468,7 +468,7 @@ def test_pull_is_the_norm_of_each_gradient(dtype):
 @pytest.mark.parametrize('rectify', ['abs', 'relu', 'none'])
 @pytest.mark.parametrize('kind', ['bool', 'integer'])
 def test_masked_positions_take_no_part(rectify, kind):
-    "Whatever is there, NaN included: means over what is left, and no gradient"
+    "Masked positions, NaN included, do not count in the means and get no gradient"
     A = torch.rand(5, 7, 3, dtype=torch.float64) if rectify == 'none' else torch.randn(5, 7, 3, dtype=torch.float64)
     mask = torch.arange(7) < torch.tensor([3, 7, 1, 5, 2])[:, None]
     padded = torch.where(mask[..., None], A, math.nan).requires_grad_()
@@ -483,7 +483,7 @@ def test_masked_positions_take_no_part(rectify, kind):
     assert (grad[~mask] == 0).all() and grad.isfinite().all() and (grad[mask] != 0).any()
 
 def test_padding_does_not_matter():
-    "Maps too, with the channels first; and averages over several batches"
+    "The same for maps with the channels first, and for averages over several batches"
     A, y = torch.randn(6, 4, 3, 2), torch.tensor([0, 1, 2]*2)
     padded = torch.nn.functional.pad(A, (0, 3, 0, 5), value=9.)
     mask = torch.zeros(6, 8, 5, dtype=torch.bool); mask[:, :3, :2] = True

@@ -10,7 +10,7 @@ from gini_loss.losses import GiniKLLoss, class_means, class_probs, gini_loss, kl
 # ---- Precision ----
 
 def realistic(name):
-    "Batches as networks give them: at the start of training, in the middle, and when every channel has its class"
+    "Typical batches: at the start of training, in the middle, and when each channel fires for one class"
     torch.manual_seed(len(name))
     y = torch.arange(200) % 10
     if name == 'initial': return torch.randn(128, 256, 4, 4).relu(), torch.randint(0, 100, (128,))
@@ -30,7 +30,7 @@ def relative(got, expected): return ((got.double() - expected).norm() / expected
 @pytest.mark.parametrize('name', REALISTIC)
 @pytest.mark.parametrize('reverse', [False, True])
 def test_precision_of_float32(name, reverse):
-    "At most 1e-5 from float64, for the value and the gradient of either term, also where the terms are close to zero"
+    "Value and gradient of both terms are within 1e-5 of float64, also if the terms are close to zero"
     A, y = realistic(name)
     got, expected = (
         terms_and_gradients(A, y, reverse_kl=reverse),
@@ -46,10 +46,10 @@ def test_precision_of_float32(name, reverse):
 @pytest.mark.parametrize('name', REALISTIC)
 @pytest.mark.parametrize('reverse', [False, True])
 def test_precision_of_half_inputs(name, dtype, tolerance, reverse):
-    "Computed in float32 whatever comes in: only the rounding of the gradient to the input's own precision remains"
+    "Computed in float32 for any input: only the gradient is rounded to the precision of the input"
     A, y = realistic(name)
     if dtype == torch.float16:
-        A = A.clamp(max=64.0) * 16  # away from float16's own underflow
+        A = A.clamp(max=64.0) * 16  # large enough not to underflow in float16
     got, expected = (
         terms_and_gradients(A.to(dtype), y, reverse_kl=reverse),
         terms_and_gradients(A.to(dtype).double(), y, reverse_kl=reverse),
@@ -69,7 +69,7 @@ def test_precision_of_half_inputs(name, dtype, tolerance, reverse):
 
 @pytest.mark.parametrize('reverse', [False, True])
 def test_kl_is_never_negative(reverse):
-    "Nearly equal histograms: rounding must not make a divergence negative by more than float64 does"
+    "For nearly equal histograms, rounding makes the divergence no more negative than in float64"
     torch.manual_seed(0)
     for _ in range(50):
         A, y = 1 + 1e-3*torch.rand(40, 3), torch.arange(40) % 4
@@ -95,7 +95,7 @@ def test_soft_targets_of_another_precision_do_not_change_the_result_type():
 
 @pytest.mark.parametrize('m, c, n', [(256, 512, 10**6), (256, 512, 10), (100, 700, 10**6), (300, 2000, 150)])
 def test_features_in_blocks_keep_their_precision(m, c, n):
-    "float32 features, from which S in double precision is made in blocks: value and gradient within 1e-5 of float64"
+    "Value and gradient for large float32 features are within 1e-5 of float64"
     torch.manual_seed(0)
     A, y = torch.randn(m, c), torch.randint(0, n, (m,))
     x, z = A.clone().requires_grad_(), A.double().requires_grad_()
@@ -109,7 +109,7 @@ def test_features_in_blocks_keep_their_precision(m, c, n):
 @pytest.mark.parametrize('rectify', ['abs', 'none'])
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
 def test_without_the_check_what_is_not_finite_reaches_the_terms(rectify, bad):
-    "A loss whose check is turned off must not hide it: the callback looks at the terms instead"
+    "Without the check, the terms are not finite either: the callback checks the terms instead"
     A = torch.rand(6, 4); A[2, 1] = bad
     loss = GiniKLLoss(rectify=rectify); loss.check_finite = False
     assert not any(t.isfinite() for t in loss.terms(A, torch.tensor([0, 1, 2, 0, 1, 2])))
@@ -125,7 +125,7 @@ FLAT = {
 @pytest.mark.parametrize('name', FLAT)
 @pytest.mark.parametrize('reverse', [False, True])
 def test_features_that_are_nearly_flat(name, reverse):
-    "Class means are taken in double precision, so float32 features meet 1e-5 however little a channel prefers a class"
+    "Class means are in double precision, so float32 features are within 1e-5 however weak the preferences are"
     A, n = FLAT[name](); y = torch.arange(len(A)) % n
     got, expected = (
         terms_and_gradients(A, y, reverse_kl=reverse),
@@ -135,8 +135,8 @@ def test_features_that_are_nearly_flat(name, reverse):
 
 @pytest.mark.parametrize('offset, side', [(1, 7), (10, 4), (10, 14), (100, 4)])
 def test_maps_that_are_nearly_flat(offset, side):
-    """The mean over the positions of a map is rounded to float32: the gradient is off by about 5e-9 over the preference
-    of the channels, 1e-5 from .05 % on"""
+    """The mean over the positions of a map is rounded to float32: the relative error of the gradient is about 5e-9
+    divided by the preference of the channels, so it is below 1e-5 for preferences above .05 %"""
     A, y = offset + torch.randn(256, 32, side, side), torch.arange(256) % 2
     P = class_probs(class_means(pool(A.double()), y))
     preference = (2*P - 1).abs().square().mean().sqrt().item()

@@ -1,5 +1,5 @@
-"""Class averages over several batches: the definition index by index, its gradient, state, precision, bad input,
-compilation, and the callback's switch"""
+"""Class averages over several batches: the definition index by index, its gradient, state, precision, invalid input,
+compilation, and the argument of the callback"""
 
 import copy
 import io
@@ -19,7 +19,7 @@ def batches(n=6, m=5, c=4, classes=3, dtype=torch.float64):
     return [(torch.randn(m, c, dtype=dtype), torch.randint(0, classes, (m,))) for _ in range(n)]
 
 def oracle(data, k, n, reverse=False):
-    "The two terms after the last batch: each earlier image counts (1-1/k)^age, in plain Python"
+    "The two terms after the last batch, in plain Python: an earlier image counts (1-1/k)^age"
     beta = 1 - 1/k
     weight, total = [0.]*n, [[0.]*n for _ in range(data[0][0].shape[1])]
     for age, (A, y) in enumerate(reversed(data)):
@@ -62,7 +62,7 @@ def test_one_batch_of_memory_is_the_plain_loss():
 
 
 def test_gradient_is_the_partial_derivative_over_the_share_of_the_batch():
-    "Finite differences of the value in the latest batch, divided by the share that this batch has in what is averaged"
+    "Finite differences of the value in the latest batch, divided by the share of this batch in the averages"
     *before, (A, y) = batches(); k, h = 4, 1e-6
     loss = RunningGiniKLLoss(n_classes=3, n_batches=k)
     for b in before: loss.terms(*b)
@@ -75,8 +75,8 @@ def test_gradient_is_the_partial_derivative_over_the_share_of_the_batch():
             assert got[i, j].item()*share == pytest.approx((value(A + d) - value(A - d)).item()/(2*h), abs=1e-7)
 
 def test_expected_gradient_is_that_of_the_large_batch():
-    """Weights at rest: the mean gradient over many batches of a few classes points where the large batch's does, with
-    its length, which the plain loss's does not"""
+    """With constant weights, the mean gradient over many batches of a few classes has the direction and length of the
+    large batch's gradient; that of the plain loss does not"""
     g = torch.Generator().manual_seed(1)
     X, Y = torch.randn(400, 10, generator=g, dtype=torch.float64), torch.arange(400) % 8
     X = X + 1.5*torch.eye(10, dtype=torch.float64)[Y]
@@ -106,7 +106,7 @@ def test_absent_classes_and_ignored_images():
     loss.terms(a, torch.tensor([3, 3, -100, 900]))
     got = loss.terms(
         b, torch.tensor([-100, -100, -100])
-    )  # nothing new: what is remembered stays, and there is no gradient
+    )  # nothing new: the averages do not change, and there is no gradient
     same = GiniKLLoss().terms(a[[0, 1, 3]], torch.tensor([3, 3, 900]))
     for g, e in zip(got, same): torch.testing.assert_close(g, e)
     x = b.clone().requires_grad_(); grad, = torch.autograd.grad(loss(x, torch.full((3,), -100)), x)
@@ -155,7 +155,7 @@ def test_looking_does_not_remember_and_nothing_holds_the_graph():
         and not loss.mass.requires_grad
     )
     with pytest.raises(ValueError, match="NaN or infinite"): loss.train()(data[0][0]*math.nan, data[0][1])
-    assert torch.equal(loss.means, before[0])  # what is broken is not remembered
+    assert torch.equal(loss.means, before[0])  # an invalid batch is not added to the averages
 
 
 def test_bad_input():
@@ -194,7 +194,7 @@ def test_a_prior_is_restricted_to_the_classes_remembered():
         hS = P.mean(0)
         assert kl.item() == pytest.approx(sum(h*math.log(h/s) for h, s in zip(hS.tolist(), shares) if h > 0), abs=1e-12)
 
-# ---- Averages of the weights, made before the first batch ----
+# ---- Weight averaging that starts before the first batch ----
 
 class Net(nn.Module):
     def __init__(self): super().__init__(); self.layer, self.aux = nn.Linear(3, 6), RunningGiniKLLoss(n_classes=3)
@@ -215,7 +215,7 @@ def ema_pytorch(net):
 
 @pytest.mark.parametrize('make', [averaged_model, averaged_buffers, timm_ema, timm_old_ema, ema_pytorch])
 def test_averages_of_the_weights_leave_the_state_alone(make):
-    "Made before the first batch, when the number of channels is not known, and updated after it"
+    "Made before the first batch, when the number of channels is unknown, and updated after it"
     net = Net(); ema, update = make(net)
     for A, y in batches(2, c=3, dtype=torch.float32): net.aux(net.layer(A), y); update(ema, net)
     assert net.aux.means.shape == (6, 3) and net.aux.mass.sum() > 0 and 'aux._extra_state' in net.state_dict()
