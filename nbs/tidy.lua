@@ -1,7 +1,7 @@
 -- What Quarto is told about pages that nbdev has prepared.
 
 -- nbdev makes links of `names` in all that `show_doc` prints, inside its code block too, where a link is only noise.
-function CodeBlock(block)
+local function CodeBlock(block)
   block.text = block.text:gsub("%[(`[^`\n]+`)%]%(https?://[^)%s]+%)", "%1")
   return block
 end
@@ -15,35 +15,20 @@ local function without_inner_link(content)
 end
 
 -- Links within the site do not leave it. A private name has no place of its own on a page.
-function Link(link)
+local function Link(link)
   if link.target:match("%.html#_") then return link.content end
   link.target = link.target:gsub("^https://[%w-]+%.github%.io/gini_loss/([%w_]+%.html)", "%1")
   link.content = without_inner_link(link.content)
   return link
 end
 
--- Tables: on a phone one of arguments is set as a list, and a cell of words is not squeezed (theme.scss). A bar in code
--- is written with a backslash in a table's source, and without one on the page.
-local function each_cell(tables, change)
-  for _, body in ipairs(tables.bodies) do
-    for _, row in ipairs(body.body) do
-      for _, cell in ipairs(row.cells) do change(cell) end
-    end
-  end
-end
-function Table(tables)
-  local heads = tables.head.rows[1]
-  local first = heads and heads.cells[1] and pandoc.utils.stringify(heads.cells[1].contents)
-  if first == "argument" or first == "then" then tables.classes:insert("arguments") end
-  each_cell(tables, function(cell)
-    if #pandoc.utils.stringify(cell.contents) > 30 then cell.classes:insert("words") end
-    cell.contents = cell.contents:walk { Code = function(code) code.text = code.text:gsub("\\|", "|"); return code end }
-  end)
-  return tables
+-- A bar in code is written with a backslash in a table's source, and without one on the page.
+local function Table(tables)
+  return tables:walk { Code = function(code) code.text = code.text:gsub("\\|", "|"); return code end }
 end
 
 -- A picture alone in its paragraph becomes a figure with its words below it. The Colab badge is a link, and its words stand in for the picture.
-function Figure(figure)
+local function Figure(figure)
   local inside = figure.content[1]
   local link = inside and inside.content and inside.content[1]
   if link and link.t == "Link" and link.target:match("^https://colab%.research%.google%.com/") then
@@ -113,7 +98,7 @@ local function folds_drawing(cell)
   end }
 end
 
-function Blocks(blocks)
+local function Blocks(blocks)
   local out, k = pandoc.Blocks {}, 1
   while blocks[k] do
     local first = #out + 1
@@ -136,3 +121,5 @@ function Blocks(blocks)
   end
   return out
 end
+
+return { { CodeBlock = CodeBlock, Link = Link, Figure = Figure }, { Table = Table }, { Blocks = Blocks } }
