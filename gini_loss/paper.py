@@ -610,10 +610,11 @@ def laptop_markdown(
     return with_minus(
         "**Before cross-entropy is solved.** A small study (a ResNet-18 with an eighth of the channels, 10,000 images, "
         f"ten epochs) ends at {table.baseline.iloc[0]:.1f} % on CIFAR-100. At that point cross-entropy has only begun "
-        f"to fall; in the study `twelve`, which measures it, more than 90 % of the gradient then comes from it. Of the study's {len(table)} differences from "
-        f"cross-entropy, over {int(table.n.max())} seeds and after Holm's method, {found} "
-        f"(points, 95 % interval): {'; '.join(words)}.{_layer_changes(study_runs(runs, 'laptop'))} This says nothing "
-        "about the paper's 200 epochs: there small pulls add up, and the terms act faster once the training images are learned.")
+        "to fall; in the study `twelve`, which measures it, more than 90 % of the gradient then comes from "
+        f"cross-entropy. Of the small study's {len(table)} differences from cross-entropy, over {int(table.n.max())} "
+        f"seeds and after Holm's method, {found} (points, 95 % interval): {'; '.join(words)}."
+        f"{_layer_changes(study_runs(runs, 'laptop'))} This says nothing about the paper's 200 epochs: there small "
+        "pulls add up, and the terms act faster once the training images are learned.")
 
 def summary_markdown(
     path: str | Path | None = None, # folder of the records; None: `records_path()`
