@@ -47,13 +47,14 @@ def run_train(argv):
     return main(argv)
 
 
-def run_study_until(deadline, argv):
-    "The command `gini_study` as a worker with this deadline"
+def run_study(argv, deadline=None):
+    "The command `gini_study`; with a deadline, as a worker that has it from the command that started it"
     import os
 
     from gini_loss.study import main
 
-    os.environ['GINI_LOSS_DEADLINE'] = str(deadline)
+    if deadline is not None:
+        os.environ['GINI_LOSS_DEADLINE'] = str(deadline)
     return main(argv)
 
 

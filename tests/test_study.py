@@ -9,7 +9,8 @@ warnings.filterwarnings('ignore', category=FutureWarning)
 from gini_loss import study as module
 from gini_loss.study import Study, list_studies, load_study, main, run_study, study_state
 from gini_loss.train import RunLock, recipe
-from processes import finish, import_engine, run_study_until, start
+from processes import finish, import_engine, start
+from processes import run_study as run_study_command
 
 
 def tiny(*seeds):
@@ -213,8 +214,7 @@ def test_nothing_is_begun_in_the_time_that_a_stopped_run_left(tmp_path, monkeypa
 @pytest.mark.parametrize('how', ['SIGTERM', 'SIGKILL'])
 def test_workers_end_with_the_command(tmp_path, how):
     args = command(tmp_path, ['loss = ce both', 'epochs = 100000'], '--workers', '2')
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    p = subprocess.Popen([sys.executable, '-m', 'gini_loss.study', *args], **quiet)
+    p = start(run_study_command, args)
 
     def wait(until):
         end = time.monotonic() + 120
@@ -233,8 +233,9 @@ def test_workers_end_with_the_command(tmp_path, how):
         wait(lambda: len(list((tmp_path / 'c').glob('*.lock'))) == 2)
         workers = children()
         assert len(workers) == 2
-        p.send_signal(getattr(signal, how))
-        assert p.wait(60) == (143 if how == 'SIGTERM' else -signal.SIGKILL)
+        os.kill(p.pid, getattr(signal, how))
+        p.join(60)
+        assert p.exitcode == (143 if how == 'SIGTERM' else -signal.SIGKILL)
         wait(lambda: all(map(gone, workers)))
     finally:
         p.kill()
@@ -274,7 +275,7 @@ def test_workers_stop_in_time(tmp_path):
     "Runs that do not end within the budget leave a checkpoint"
     args = command(tmp_path, ['loss = ce both', 'epochs = 100000'], '--budget', '5')
     finish(start(import_engine))
-    workers = [start(run_study_until, time.monotonic() + 5, args) for _ in range(2)]
+    workers = [start(run_study_command, args, time.monotonic() + 5) for _ in range(2)]
     for worker in workers:
         worker.join(300)
         assert worker.exitcode == 3
