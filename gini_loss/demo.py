@@ -96,7 +96,7 @@ def _cifar100():
 def _folder(data, classes, size, per_class, seed):
     "Some classes of a folder with one subfolder of images per class; also their names, and how many classes there are"
     from gini_loss.datasets import class_folders, load_folder
-    path = Path(data).expanduser() if str(data) else data           # an empty path is refused below
+    path = Path(data).expanduser() if str(data) else data           # an empty path raises an error below
     if str(data) and not path.exists():
         raise FileNotFoundError(f"unknown data set {str(data)!r}: use digits, cifar100, or the path of a folder with"
                                 " one subfolder of images per class")
@@ -564,7 +564,7 @@ def _say(text, stream=None):
     print(text.encode(encoding, 'backslashreplace').decode(encoding), file=stream, flush=True)
 
 def _try_names(data, layer):
-    "Draw every name once, so that one that cannot be drawn fails before the training"
+    "Draw every name once, so that a name that cannot be drawn fails before training"
     from matplotlib.figure import Figure
     fig = Figure()
     for name in [*data.classes, layer]: fig.text(0, 0, as_text(name))

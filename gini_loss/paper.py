@@ -39,7 +39,7 @@ def judgement_rule(
     "The rule by which results are judged, in words; `judge`, `compare` and `compare_arms` apply it"
     return f"""
 1. **Measure.** Accuracy on the test images after the *last* epoch, in percent. The accuracy at the epoch that was
-   best on the validation images is shown beside it where it is recorded, and does not affect the verdict.
+   best on the validation images is shown next to it if it was recorded, and does not affect the verdict.
 2. **Pairs.** Two runs form a pair if they differ only in the loss: same network, recipe, data and seed, hence the same
    initial weights, and the same order and augmentation of the images. Seeds are fixed before the runs; no run is
    left out because of its result.
