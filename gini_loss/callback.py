@@ -84,7 +84,11 @@ def count_classes(
     "Number of images of each class"
     if not _is_labels(y): return y.double().sum(0)
     y = y.reshape(-1).long()
-    return torch.bincount(y[y != ignore_index], minlength=n_classes or 0)
+    counted = y[y != ignore_index]
+    if (counted < 0).any():
+        raise ValueError(f"labels must not be negative, got {counted.min().item()}: if it marks images to leave out, pass"
+                         " ignore_index")
+    return torch.bincount(counted, minlength=n_classes or 0)
 
 # %% ../nbs/11_callback.ipynb #37ecb70d
 class _WithTaps:

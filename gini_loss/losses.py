@@ -217,7 +217,7 @@ def pull(
     "Norms of the gradients of the main loss and of each unweighted term with respect to the activations, as `Pull`"
     main, = torch.autograd.grad(loss, A, retain_graph=True)
     leaf = in_double(A.detach()).requires_grad_()           # half precision would lose small gradients
-    gini, kl = GiniKLLoss(**options).terms(leaf, y, mask)
+    gini, kl = GiniKLLoss(**options).terms(leaf, y, mask)   # of all processes; `loss` is of this one
     gradients = [main, *(torch.autograd.grad(term, leaf, retain_graph=True)[0] for term in (gini, kl))]
     return Pull(*(in_double(g).norm().item() for g in gradients))
 

@@ -314,7 +314,9 @@ class ClassPrior:
         if not isinstance(class_prior, torch.Tensor):
             try: class_prior = torch.as_tensor(class_prior, dtype=torch.float64)
             except (TypeError, ValueError):
-                raise TypeError(f"class_prior must be shares or counts of the classes, got {class_prior!r}") from None
+                raise TypeError(f"class_prior must be a tensor (n,) of shares or counts of the classes, got {class_prior!r}:"
+                                " None stands for the batch's own labels; GiniLossCallback alone counts the training"
+                                " labels, with 'train'") from None
         prior = in_double(plain_tensor(class_prior, "class_prior").detach())
         if prior.ndim != 1 or not len(prior) or n_classes is not None and len(prior) != n_classes:
             raise ValueError("class_prior must have one share or count for each of the"

@@ -464,6 +464,18 @@ def test_bad_class_priors(prior, message):
         GiniLossCallback(class_prior=prior)
 
 
+def test_words_as_a_class_prior():
+    "The callback counts the training labels; the loss alone has none, and says where to go"
+    with pytest.raises(TypeError, match="None stands for the batch's own labels"):
+        GiniKLLoss(class_prior='train')
+
+
+def test_negative_labels_are_not_counted_silently():
+    with pytest.raises(ValueError, match='labels must not be negative, got -1'):
+        count_classes(torch.tensor([0, 2, -1]), 3)
+    assert count_classes(torch.tensor([0, 2, -1]), 3, ignore_index=-1).tolist() == [1, 0, 1]
+
+
 def test_a_class_prior_of_other_classes():
     with pytest.raises(ValueError, match="class_prior must have one share or count for each of the 4 classes"):
         fit(get_learner(GiniLossCallback(class_prior=torch.ones(5))))
