@@ -310,7 +310,7 @@ def _parser():
     return parser
 
 # %% ../nbs/25_studies.ipynb #4e12bf91
-def _share_out(args, argv, study):
+def _run_with_workers(args, argv, study):
     "Run the study with several workers, and return the exit status"
     codes = _run_workers(args.workers, argv, args.budget)
     if any(code not in (0, 3) for code in codes): return 1
@@ -340,7 +340,7 @@ def _run_command(args, argv):
         return 0
     if args.device is not None: find_device(args.device)
     check_folders(Path(args.results)/study.name, args.checkpoints)
-    return _share_out(args, argv, study) if args.workers > 1 else _run(args, study)
+    return _run_with_workers(args, argv, study) if args.workers > 1 else _run(args, study)
 
 def main(
     argv: Sequence[str] | None = None, # arguments; None: those of the command line
