@@ -19,14 +19,15 @@ local function change(path, how)
   file:close()
 end
 
-local function without_scripts(page)
+-- Where scripts do not run, nothing takes the dark style sheets away again: there they do not apply.
+local function tidied(page)
   for _, pattern in ipairs(unneeded) do page = page:gsub(pattern, "") end
-  return page
+  return (page:gsub('class="quarto%-color%-scheme quarto%-color%-alternate" id', 'media="(scripting: enabled)" %0'))
 end
 
 local outputs = os.getenv("QUARTO_PROJECT_OUTPUT_FILES") or ""
 for path in outputs:gmatch("[^\n]+") do
-  if path:match("%.html$") then change(path, without_scripts) end
+  if path:match("%.html$") then change(path, tidied) end
 end
 
 -- The search takes pages in the order of the index where they fit alike: the API first, so that a public name finds its entry,
