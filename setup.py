@@ -1,4 +1,5 @@
 "Packaging for gini_loss. All metadata is read from settings.ini, the one place where it is written."
+
 import re
 from configparser import ConfigParser
 from pathlib import Path

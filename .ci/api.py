@@ -1,8 +1,10 @@
-"""Write the pages of the API, one notebook per module: an entry for each public name, and below it the examples that the
+"""Write the pages of the API, one notebook per module: an entry for each public name, and below it the examples that
+the
 notebook has there already. Write examples in the notebooks; this script changes only the entries around them.
 
 `--check` lists the pages that are out of date. It does not compare line numbers of the source.
 """
+
 import inspect
 import json
 import re
@@ -18,10 +20,12 @@ COLAB = f"https://colab.research.google.com/github/{cfg['user']}/{cfg['repo']}/b
 ENTRY = re.compile(r"^show_doc\(\w+\.(\w+)\)", re.M)
 
 
-def lines(source): return source.splitlines(keepends=True)
+def lines(source):
+    return source.splitlines(keepends=True)
 
 
-def markdown_cell(source): return {"cell_type": "markdown", "metadata": {}, "source": lines(source)}
+def markdown_cell(source):
+    return {"cell_type": "markdown", "metadata": {}, "source": lines(source)}
 
 
 def code_cell(source, output=None, plain=""):
@@ -35,12 +39,16 @@ def code_cell(source, output=None, plain=""):
 def examples(path):
     "The cells below each entry of a page, by the name of the entry; None is for the cells before the first entry"
     found, name = {None: []}, None
-    if not path.exists(): return found
+    if not path.exists():
+        return found
     for cell in cells(path)[4:]:
         source = text(cell["source"])
-        if entry := ENTRY.search(source): name = entry.group(1)
-        elif source.startswith("## Constants") or "Markdown(constants(" in source: continue
-        else: found.setdefault(name, []).append(cell)
+        if entry := ENTRY.search(source):
+            name = entry.group(1)
+        elif source.startswith("## Constants") or "Markdown(constants(" in source:
+            continue
+        else:
+            found.setdefault(name, []).append(cell)
     return found
 
 
@@ -58,26 +66,36 @@ def page_cells(module, path):
     told = told_in(module)
     opening = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({COLAB}/{path.name})\n\n"
     opening += f"One module of [the API](60_api.ipynb){', told in ' + told if told else ''}."
-    needs = f"#| hide\nfrom IPython.display import Markdown\nfrom gini_loss import {short}\nfrom gini_loss.api import constants, show_doc"
+    needs = (
+        f"#| hide\nfrom IPython.display import Markdown\nfrom gini_loss import {short}\n"
+        "from gini_loss.api import constants, show_doc"
+    )
     out = [markdown_cell(f"# gini_loss.{short}\n\n> {doc}"), markdown_cell(opening), code_cell(needs)]
     out += kept.get(None, [])
     for name in module.__all__:
         symbol = getattr(module, name)
-        if not is_described(symbol): continue
+        if not is_described(symbol):
+            continue
         entry = Entry(symbol, name, title_level=2)
         out.append(code_cell(f"#| echo: false\nshow_doc({short}.{name})", entry._repr_markdown_(), repr(entry)))
         out += kept.get(name, [])
     if table := constants(module):
         out.append(markdown_cell("## Constants"))
-        out.append(code_cell(f"#| echo: false\nMarkdown(constants({short}))", table, "<IPython.core.display.Markdown object>"))
+        out.append(
+            code_cell(f"#| echo: false\nMarkdown(constants({short}))", table, "<IPython.core.display.Markdown object>")
+        )
     out.insert(2, code_cell(install_cell(out)))
-    for k, cell in enumerate(out): cell["id"] = f"{short[:12]}-{k:03d}"
+    for k, cell in enumerate(out):
+        cell["id"] = f"{short[:12]}-{k:03d}"
     return out
 
 
 def without_lines(all_cells):
     "The content of a page as JSON, without line numbers of the source"
-    said = [[text(c["source"]), [text(o.get("data", {}).get("text/markdown")) for o in c.get("outputs", [])]] for c in all_cells]
+    said = [
+        [text(c["source"]), [text(o.get("data", {}).get("text/markdown")) for o in c.get("outputs", [])]]
+        for c in all_cells
+    ]
     return re.sub(r"\.py#L\d+", ".py", json.dumps(said))
 
 
@@ -86,8 +104,8 @@ def sidebar(names):
     path = root / "_quarto.yml"
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if "href: 60_api_" not in line]
     at = next(k for k, line in enumerate(kept) if "href: 60_api.ipynb" in line)
-    indent = kept[at][:len(kept[at]) - len(kept[at].lstrip())]
-    kept[at + 1:at + 1] = [f"{indent}- {{text: {name}, href: 60_api_{name}.ipynb}}" for name in names]
+    indent = kept[at][: len(kept[at]) - len(kept[at].lstrip())]
+    kept[at + 1 : at + 1] = [f"{indent}- {{text: {name}, href: 60_api_{name}.ipynb}}" for name in names]
     return path, "\n".join(kept) + "\n"
 
 
@@ -95,15 +113,18 @@ def first_page():
     "The page of all names, with the current list"
     notebook = json.loads((NBS / "60_api.ipynb").read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
-        if "Markdown(overview())" not in text(cell["source"]): continue
+        if "Markdown(overview())" not in text(cell["source"]):
+            continue
         cell["outputs"] = code_cell("", overview(), "<IPython.core.display.Markdown object>")["outputs"]
     return notebook
 
 
 def update(path, is_current, content, check):
     "Write a file unless it is current, or with `check` only compare it. Returns whether it was out of date"
-    if is_current: return False
-    if not check: path.write_text(content, encoding="utf-8")
+    if is_current:
+        return False
+    if not check:
+        path.write_text(content, encoding="utf-8")
     return True
 
 
@@ -117,14 +138,19 @@ def main():
         is_current = path.exists() and without_lines(cells(path)) == without_lines(now)
         notebook = {"cells": now, "metadata": first["metadata"], "nbformat": 4, "nbformat_minor": 5}
         content = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
-        if update(path, is_current, content, check): stale.append(path.name)
+        if update(path, is_current, content, check):
+            stale.append(path.name)
     for path in set(NBS.glob("60_api_*.ipynb")) - set(wanted):
         stale.append(path.name)
-        if not check: path.unlink()
+        if not check:
+            path.unlink()
     path, bar = sidebar([p.stem.removeprefix("60_api_") for p in wanted if p.stem != "60_api"])
-    if update(path, bar == path.read_text(encoding="utf-8"), bar, check): stale.append(path.name)
-    if check and stale: sys.exit(f"out of date: {', '.join(stale)}; run `python .ci/api.py`")
+    if update(path, bar == path.read_text(encoding="utf-8"), bar, check):
+        stale.append(path.name)
+    if check and stale:
+        sys.exit(f"out of date: {', '.join(stale)}; run `python .ci/api.py`")
     print("the pages of the API:", ", ".join(stale) + " written" if stale else "up to date")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

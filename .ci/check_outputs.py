@@ -2,8 +2,10 @@
 
 These pages read signatures, lists of files, steps and studies from the tree when their cells run, so a stored output
 goes out of date without an error. Numbers with a decimal point are not compared, because they differ a little between
-machines, and neither are figures. Two pages run at a time. Nothing is written; the exit status is 1 if anything differs.
+machines, and neither are figures. Two pages run at a time. Nothing is written; the exit status is 1 if anything
+differs.
 """
+
 import re
 import sys
 import time
@@ -21,7 +23,8 @@ def facts(cell):
     found = []
     for o in cell.get("outputs", []):
         data = o.get("data", {})
-        if o.get("name") == "stderr" or "image/png" in data: continue
+        if o.get("name") == "stderr" or "image/png" in data:
+            continue
         found.append(text(o.get("text")) or text(data.get("text/markdown")) or text(data.get("text/plain")))
     plain = re.sub(r"-?\d+\.\d*(?:e[+-]?\d+)?|\b\d+e[+-]?\d+\b", "#", "\n".join(found))
     plain = re.sub(r"\.py#L\d+", ".py", plain)
@@ -32,7 +35,8 @@ def difference(old, new):
     "The first line in which two outputs differ, or None"
     for k in range(max(len(old), len(new))):
         a, b = (lines[k] if k < len(lines) else "nothing" for lines in (old, new))
-        if a != b: return a, b
+        if a != b:
+            return a, b
     return None
 
 
@@ -46,7 +50,8 @@ def compare(name):
     NotebookClient(nb, timeout=600, kernel_name="python3", resources=where).execute()
     for i, (c, old) in enumerate(zip(nb.cells, stored)):
         found = difference(old, facts(c)) if c.cell_type == "code" else None
-        if found: wrong.append(f"nbs/{name}, cell {i}: stored, then new\n    {found[0][:300]}\n    {found[1][:300]}")
+        if found:
+            wrong.append(f"nbs/{name}, cell {i}: stored, then new\n    {found[0][:300]}\n    {found[1][:300]}")
     return wrong, time.time() - start
 
 
@@ -60,4 +65,5 @@ def main():
     sys.exit("run these pages again, then make prepare" if wrong else 0)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

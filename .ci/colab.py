@@ -3,6 +3,7 @@ repository if the index does not have it, with the extras that the page's import
 
 With names of notebooks, only those are written; `--check` lists the notebooks that are out of date.
 """
+
 import json
 import re
 import sys
@@ -21,7 +22,8 @@ NEEDS = {
 def extras(all_cells):
     "The extras that the imports of a page need; `all` if these are all three"
     code = "\n".join(text(c["source"]) for c in all_cells if c["cell_type"] == "code")
-    if "from gini_loss.api import" in code: return ["all"]
+    if "from gini_loss.api import" in code:
+        return ["all"]
     found = [name for name, pattern in NEEDS.items() if re.search(pattern, code, re.M)]
     return ["all"] if len(found) == len(NEEDS) else found
 
@@ -39,19 +41,25 @@ def main():
     stale = []
     chosen = [name for name in sys.argv[1:] if not name.startswith("-")]
     for path in sorted((root / "nbs").glob("*.ipynb")):
-        if chosen and path.name not in chosen: continue
+        if chosen and path.name not in chosen:
+            continue
         notebook = json.loads(path.read_text(encoding="utf-8"))
         cells = notebook["cells"]
         cell = next((c for c in cells[:5] if START.match(text(c["source"]))), None)
-        if cell is None: continue
+        if cell is None:
+            continue
         now = install_cell(cells)
-        if text(cell["source"]) == now: continue
+        if text(cell["source"]) == now:
+            continue
         stale.append(path.name)
-        if "--check" in sys.argv: continue
+        if "--check" in sys.argv:
+            continue
         cell["source"] = now.splitlines(keepends=True)
         path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if "--check" in sys.argv and stale: sys.exit(f"out of date: {', '.join(stale)}; run `python .ci/colab.py`")
+    if "--check" in sys.argv and stale:
+        sys.exit(f"out of date: {', '.join(stale)}; run `python .ci/colab.py`")
     print("install cells:", ", ".join(stale) + " written" if stale else "up to date")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

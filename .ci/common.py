@@ -1,4 +1,5 @@
 "Shared by the scripts here: the repository's root, settings.ini, the title of a notebook, the address of its page."
+
 import json
 import re
 from configparser import ConfigParser
@@ -11,10 +12,12 @@ cfg = config["DEFAULT"]
 site = cfg["doc_host"] + cfg["doc_baseurl"]
 
 
-def text(x): return "".join(x) if isinstance(x, list) else x or ""
+def text(x):
+    return "".join(x) if isinstance(x, list) else x or ""
 
 
-def cells(path): return json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+def cells(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
 
 
 def title_and_subtitle(path):
@@ -23,4 +26,5 @@ def title_and_subtitle(path):
     return re.search(r"^# (.+)", first, re.M).group(1).strip(), re.search(r"^> (.+)", first, re.M).group(1).strip()
 
 
-def page(name): return re.sub(r"^\d+[a-zA-Z0-9]*_", "", Path(name).stem.lower()) + ".html"
+def page(name):
+    return re.sub(r"^\d+[a-zA-Z0-9]*_", "", Path(name).stem.lower()) + ".html"

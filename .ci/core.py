@@ -1,7 +1,9 @@
-"""Test the core alone: import gini_loss with nothing but torch installed, and train with the loop of nbs/14_pytorch.ipynb.
+"""Test the core alone: import gini_loss with nothing but torch installed, and train with the loop of
+nbs/14_pytorch.ipynb.
 
 The network and the loop are those of the page. The images are made here, because those of the page need scikit-learn.
 """
+
 import ast
 import importlib.util
 import sys

@@ -2,6 +2,7 @@
 
 With names of notebooks, check that these ran without the repository and found the records of the package.
 """
+
 import importlib.metadata as meta
 import importlib.util
 import json

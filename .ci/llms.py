@@ -1,7 +1,9 @@
-"""Write nbs/llms.txt, the site's table of contents for language models (llmstxt.org), from the sidebar and the notebooks.
+"""Write nbs/llms.txt, the site's table of contents for language models (llmstxt.org), from the sidebar and the
+notebooks.
 
 `--check` exits with 1 if the file is out of date.
 """
+
 import sys
 
 import yaml
@@ -12,7 +14,7 @@ TARGET = root / "nbs" / "llms.txt"
 
 def link(item):
     title, subtitle = title_and_subtitle(root / "nbs" / item["href"])
-    if item["href"] == "index.ipynb":     # its subtitle stands above
+    if item["href"] == "index.ipynb":  # its subtitle stands above
         subtitle = "the loss in a few lines, what it changes, how far the replication has come, how to cite it"
     return f"- [{title}]({site}/{page(item['href'])}): {subtitle}"
 
@@ -41,4 +43,5 @@ def main():
     print("nbs/llms.txt and the notebooks agree")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,9 @@
 """Print the oldest versions that settings.ini allows, as pins: `torch>=2.6` becomes `torch==2.6.*`.
 
-torchvision has no pin: settings.ini requires a newer version for one download, which needs a newer torch than the oldest.
+torchvision has no pin: settings.ini requires a newer version for one download, which needs a newer torch than the
+oldest.
 """
+
 import re
 
 from common import cfg

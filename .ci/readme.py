@@ -3,6 +3,7 @@
 We do not use `nbdev_readme`: with Quarto it loses the sentence under the title, the targets of links and the alt texts.
 `--check` exits with 1 if one of the files differs from its notebook in words or code; it does not compare the layout.
 """
+
 import base64
 import re
 import sys
@@ -19,8 +20,10 @@ def as_details(tabs):
     "The tabs of the site as sections that can be opened; the first one is open"
     parts = re.split(r"^### (.+)\n", tabs.group(1), flags=re.M)
     sections = zip(parts[1::2], parts[2::2], strict=True)
-    opened = [f"<details{'' if k else ' open'}>\n<summary>{name}</summary>\n\n{body.strip()}\n\n</details>"
-              for k, (name, body) in enumerate(sections)]
+    opened = [
+        f"<details{'' if k else ' open'}>\n<summary>{name}</summary>\n\n{body.strip()}\n\n</details>"
+        for k, (name, body) in enumerate(sections)
+    ]
     return "\n\n".join(opened) + "\n"
 
 
@@ -35,32 +38,43 @@ def markdown_parts(cells):
     for i, c in enumerate(cells):
         source = text(c["source"])
         if c["cell_type"] == "markdown":
-            yield "text", without_fences(re.sub(r"\]\((?:\d+\w*?_)?(\w+)\.ipynb(#[^)]*)?\)", rf"]({site}/\1.html\2)", source))
+            yield (
+                "text",
+                without_fences(re.sub(r"\]\((?:\d+\w*?_)?(\w+)\.ipynb(#[^)]*)?\)", rf"]({site}/\1.html\2)", source)),
+            )
             continue
         options = dict(re.findall(r"^#\|\s*([\w-]+):?\s*(.*)$", source, re.M))
-        if "hide" in options or c["cell_type"] != "code": continue
+        if "hide" in options or c["cell_type"] != "code":
+            continue
         code = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip()
-        if code and options.get("echo") != "false": yield "code", code
+        if code and options.get("echo") != "false":
+            yield "code", code
         for k, o in enumerate(c.get("outputs", []), 1):
             data = o.get("data", {})
             if drawn := {"image/svg+xml", "image/png"} & set(data):
-                kind = max(drawn)                                                  # an SVG, where there is one
+                kind = max(drawn)  # an SVG, where there is one
                 alt = options.get("fig-alt", "").strip('"')
                 content = text(data[kind])
                 content = content.encode() if kind == "image/svg+xml" else base64.b64decode(content)
-                yield "image", (f"cell-{i+1}-output-{k}.{'svg' if kind == 'image/svg+xml' else 'png'}", content, alt)
-            elif "text/markdown" in data: yield "text", text(data["text/markdown"])
-            elif "data-gini=" in text(data.get("text/html")): continue             # a figure to drag needs a script
-            else: yield "output", (text(o.get("text")) or text(data.get("text/plain"))).rstrip()
+                yield "image", (f"cell-{i + 1}-output-{k}.{'svg' if kind == 'image/svg+xml' else 'png'}", content, alt)
+            elif "text/markdown" in data:
+                yield "text", text(data["text/markdown"])
+            elif "data-gini=" in text(data.get("text/html")):
+                continue  # a figure to drag needs a script
+            else:
+                yield "output", (text(o.get("text")) or text(data.get("text/plain"))).rstrip()
 
 
 def render(parts, target):
     notebook, images = RENDERED[target]
     out = [f"<!-- Rendered from nbs/{notebook}: edit that notebook, then run `python .ci/readme.py`. -->"]
     for kind, part in parts:
-        if kind == "text": out.append(part.strip())
-        elif kind == "code": out.append(f"```python\n{part}\n```")
-        elif kind == "output": out.append("\n".join("    " + line for line in part.split("\n")))
+        if kind == "text":
+            out.append(part.strip())
+        elif kind == "code":
+            out.append(f"```python\n{part}\n```")
+        elif kind == "output":
+            out.append("\n".join("    " + line for line in part.split("\n")))
         else:
             name, data, alt = part
             (root / images).mkdir(parents=True, exist_ok=True)
@@ -69,16 +83,20 @@ def render(parts, target):
     return "\n\n".join(out) + "\n"
 
 
-def words(s): return re.findall(r"\w+", re.sub(r"<[^>]*>", " ", s))
+def words(s):
+    return re.findall(r"\w+", re.sub(r"<[^>]*>", " ", s))
 
 
 def difference(parts, target):
     "The first part of the notebook that is missing in the rendered file, or None"
-    if not (root / target).exists(): return f"there is no {target}"
+    if not (root / target).exists():
+        return f"there is no {target}"
     have = " ".join(words((root / target).read_text(encoding="utf-8")))
     written = [p for kind, part in parts if kind != "image" for p in part.split("\n\n")]
     missing = [p for p in written if " ".join(words(p)) not in have]
-    missing += [part[0] for kind, part in parts if kind == "image" and not (root / RENDERED[target][1] / part[0]).exists()]
+    missing += [
+        part[0] for kind, part in parts if kind == "image" and not (root / RENDERED[target][1] / part[0]).exists()
+    ]
     return missing[0] if missing else None
 
 
@@ -92,9 +110,11 @@ def main():
                 sys.exit(f"{target} does not hold what nbs/{notebook} says; {advice}\n{missing}")
             print(f"{target} and nbs/{notebook} agree")
             continue
-        for old in (root / images).glob("cell-*"): old.unlink()
+        for old in (root / images).glob("cell-*"):
+            old.unlink()
         (root / target).write_text(render(parts, target), encoding="utf-8")
         print("wrote", target)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

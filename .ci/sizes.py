@@ -1,7 +1,9 @@
-"""Print how many packages and megabytes the core and each extra add to torch, and the seconds of an import, as Markdown.
+"""Print how many packages and megabytes the core and each extra add to torch, and the seconds of an import, as
+Markdown.
 
 Each is installed into a new environment by uv, which must be on the PATH.
 """
+
 import os
 import subprocess
 import sys
@@ -23,8 +25,12 @@ def install(folder, requirements):
     subprocess.run(["uv", "venv", "-q", "--python", sys.executable, folder], check=True)
     python = folder / "bin" / "python"
     subprocess.run(["uv", "pip", "install", "-q", "--python", python, "torch", *requirements], cwd=root, check=True)
-    names = subprocess.run(["uv", "pip", "list", "-q", "--python", python, "--format", "freeze"],
-                           capture_output=True, text=True, check=True).stdout.split()
+    names = subprocess.run(
+        ["uv", "pip", "list", "-q", "--python", python, "--format", "freeze"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
     return len(names), megabytes(next((folder / "lib").glob("python*/site-packages")))
 
 

@@ -1,8 +1,10 @@
-"""Write the stored outputs of the interactive figures again. They contain the script `nbs/widgets/gini.js`, and a text for
+"""Write the stored outputs of the interactive figures again. They contain the script `nbs/widgets/gini.js`, and a
+text for
 readers without scripts, so they go out of date when these change.
 
 `--check` exits with 1 if one of them is out of date.
 """
+
 import json
 import re
 import sys
@@ -27,7 +29,8 @@ def refresh(notebook):
             data = output.get("data", {})
             old = text(data.get("text/html"))
             new = refreshed(old)
-            if new == old: continue
+            if new == old:
+                continue
             data["text/html"] = new.splitlines(keepends=True)
             changed = True
     return changed
@@ -37,13 +40,16 @@ def main():
     stale = []
     for path in sorted((root / "nbs").glob("*.ipynb")):
         notebook = json.loads(path.read_text(encoding="utf-8"))
-        if not refresh(notebook): continue
+        if not refresh(notebook):
+            continue
         stale.append(path.name)
-        if "--check" in sys.argv: continue
+        if "--check" in sys.argv:
+            continue
         path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if "--check" in sys.argv and stale:
         sys.exit(f"interactive figures with an old script in {', '.join(stale)}; run `python .ci/widgets.py`")
     print("interactive figures:", ", ".join(stale) + " written" if stale else "up to date")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ else, and for throughput, they are seconds of the wall clock. On Linux, the C li
 freed, as a GPU's allocator does. Otherwise a candidate would pay, by chance, for pages that another one gave back.
 The other losses come from pytorch-metric-learning, and are left out without it (pip install pytorch-metric-learning).
 """
+
 import argparse, ctypes, datetime, json, math, os, platform, statistics, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
 
@@ -29,9 +30,11 @@ DEFAULT = dict(m=256, c=512, side=4, n=100)
 
 def keep_freed_memory():
     "True if the C library now keeps all memory that was freed"
-    try: libc = ctypes.CDLL('libc.so.6')
-    except OSError: return False
-    return bool(libc.mallopt(-4, 0) and libc.mallopt(-1, 2**31 - 1))         # M_MMAP_MAX, M_TRIM_THRESHOLD
+    try:
+        libc = ctypes.CDLL('libc.so.6')
+    except OSError:
+        return False
+    return bool(libc.mallopt(-4, 0) and libc.mallopt(-1, 2**31 - 1))  # M_MMAP_MAX, M_TRIM_THRESHOLD
 
 
 def plain_terms(A, y, n):
@@ -39,28 +42,35 @@ def plain_terms(A, y, n):
     eps = 1e-10
     M = A.abs().mean((2, 3))
     Y = F.one_hot(y, n).float()
-    S = M.T @ (Y / (Y.sum(0) + eps))                                     # Eqs. 4 and 3
-    P = S / (S.sum(1, keepdim=True) + eps)                               # Eq. 2
-    hS, hY = P.sum(0) / P.sum(), Y.sum(0) / len(Y)                       # Eqs. 6 and 7
-    return (1 - P.square().sum(1)).mean(), (hS * ((hS + eps) / (hY + eps)).log()).sum()   # Eqs. 1 and 5
+    S = M.T @ (Y / (Y.sum(0) + eps))  # Eqs. 4 and 3
+    P = S / (S.sum(1, keepdim=True) + eps)  # Eq. 2
+    hS, hY = P.sum(0) / P.sum(), Y.sum(0) / len(Y)  # Eqs. 6 and 7
+    return (1 - P.square().sum(1)).mean(), (hS * ((hS + eps) / (hY + eps)).log()).sum()  # Eqs. 1 and 5
 
 
 class Timer:
     "Runs candidates in turns and keeps the seconds of each"
+
     def __init__(self, device, rounds, clock=time.perf_counter):
         self.device, self.rounds, self.clock = device, rounds, clock
+
     def wait(self):
-        if self.device.type == 'cuda': torch.cuda.synchronize()
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize()
+
     def once(self, f, k=1):
         self.wait()
         start = self.clock()
-        for _ in range(k): f()
+        for _ in range(k):
+            f()
         self.wait()
         return (self.clock() - start) / k
-    def compare(self, candidates, rounds=None, at_least=.02):
+
+    def compare(self, candidates, rounds=None, at_least=0.02):
         """`{name: {median, low, high, rounds}}` in seconds. Two runs before the first round warm up and determine how
         often to repeat short candidates"""
-        for f in candidates.values(): self.once(f)
+        for f in candidates.values():
+            self.once(f)
         times = {
             name: max(1, min(200, math.ceil(at_least / max(self.once(f), 1e-7)))) for name, f in candidates.items()
         }
@@ -72,39 +82,54 @@ class Timer:
         return {name: summary(o) for name, o in rows.items()}
 
 
-def summary(o): return dict(median=statistics.median(o), low=min(o), high=max(o), rounds=o)
+def summary(o):
+    return dict(median=statistics.median(o), low=min(o), high=max(o), rounds=o)
+
 
 def ratio(a, b):
     "Median, smallest and largest of the ratios within each round"
-    r = [x/y for x, y in zip(a['rounds'], b['rounds'])]
+    r = [x / y for x, y in zip(a['rounds'], b['rounds'])]
     return dict(median=statistics.median(r), low=min(r), high=max(r))
+
 
 def slope(xs, ys):
     "Exponent of a power law through the points: least squares of log y on log x"
     x, y = [math.log(v) for v in xs], [math.log(v) for v in ys]
     a, b = statistics.mean(x), statistics.mean(y)
-    return sum((p - a)*(q - b) for p, q in zip(x, y)) / sum((p - a)**2 for p in x)
+    return sum((p - a) * (q - b) for p, q in zip(x, y)) / sum((p - a) ** 2 for p in x)
+
 
 def peak_bytes(f, device):
     "Peak of the bytes that `f` allocates, beyond those allocated before"
     f()
     if device.type == 'cuda':
-        torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
-        f(); torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        f()
+        torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof: f()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
+        f()
     now = peak = 0
     for e in sorted(
         (e for e in prof.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns()
     ):
-        now += e.nbytes(); peak = max(peak, now)
+        now += e.nbytes()
+        peak = max(peak, now)
     return peak
+
 
 def kept_bytes(loss, A):
     "Bytes of the arrays that are kept for the backward pass, without the maps"
     kept, own = {}, A.untyped_storage().data_ptr()
-    def note(t): kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(); return t
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): out = loss()
+
+    def note(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        out = loss()
     del out
     return sum(v for k, v in kept.items() if k != own)
 
@@ -116,16 +141,26 @@ def batch(device, m=DEFAULT['m'], c=DEFAULT['c'], side=DEFAULT['side'], n=DEFAUL
     present = present or n
     return A.requires_grad_(), torch.randint(0, present, (m,), generator=g).to(device) * (n // present)
 
+
 def both(loss, A):
     "A function that runs `loss` forward and backward"
-    def run(): torch.autograd.grad(loss(), A)
+
+    def run():
+        torch.autograd.grad(loss(), A)
+
     return run
+
 
 def ours(A, y, n):
     loss = GiniKLLoss(n_classes=n)
     return lambda: loss(A, y)
+
+
 def plain(A, y, n):
-    def loss(): gini, kl = plain_terms(A, y, n); return .5*gini + .5*kl
+    def loss():
+        gini, kl = plain_terms(A, y, n)
+        return 0.5 * gini + 0.5 * kl
+
     return loss
 
 
@@ -135,17 +170,20 @@ def bandwidth(timer):
     z = torch.empty_like(x)
     nbytes = x.numel() * 4
     t = timer.compare(dict(read=lambda: x.sum(), copy=lambda: z.copy_(x)))
-    return dict(read=nbytes / t['read']['median'], copy=2*nbytes / t['copy']['median'])
+    return dict(read=nbytes / t['read']['median'], copy=2 * nbytes / t['copy']['median'])
+
 
 def floor_seconds(A, speed):
     """Seconds that the memory bandwidth allows: the maps are read once in the forward pass, and in the backward pass
     they are read once and their gradient is written"""
     nbytes = A.numel() * A.element_size()
-    return nbytes / speed['read'] + 2*nbytes / speed['copy']
+    return nbytes / speed['read'] + 2 * nbytes / speed['copy']
 
 
 def section_losses(timer, speed, quick):
-    A, y = batch(timer.device); m, c = A.shape[:2]; n = DEFAULT['n']
+    A, y = batch(timer.device)
+    m, c = A.shape[:2]
+    n = DEFAULT['n']
     logits = torch.randn(m, n, device=timer.device).requires_grad_()
     losses = {'gini_loss': ours(A, y, n), 'plain one-hot form': plain(A, y, n)}
     inputs = {name: A for name in losses}
@@ -165,7 +203,8 @@ def section_losses(timer, speed, quick):
             loss.to(timer.device)
             losses[name], inputs[name] = (lambda loss=loss: loss(A.mean((2, 3)), y)), A
     name = 'cross-entropy, label smoothing (logits only)'
-    losses[name] = lambda: F.cross_entropy(logits, y, label_smoothing=.1); inputs[name] = logits
+    losses[name] = lambda: F.cross_entropy(logits, y, label_smoothing=0.1)
+    inputs[name] = logits
     times = timer.compare({k: both(f, inputs[k]) for k, f in losses.items()})
     rows = [
         dict(
@@ -177,7 +216,7 @@ def section_losses(timer, speed, quick):
         )
         for k, f in losses.items()
     ]
-    out = dict(shape=list(A.shape), n=n, map_bytes=A.numel()*4, floor_seconds=floor_seconds(A, speed), rows=rows)
+    out = dict(shape=list(A.shape), n=n, map_bytes=A.numel() * 4, floor_seconds=floor_seconds(A, speed), rows=rows)
     print(
         f"\nForward and backward on {tuple(A.shape)}, {n} classes; the maps are {A.numel() * 4 / 2**20:.1f} MiB, the"
         f" hardware's floor is {1e3 * out['floor_seconds']:.2f} ms"
@@ -185,7 +224,7 @@ def section_losses(timer, speed, quick):
     print(f"{'':<46}{'ms, median (range)':>28}{'against gini_loss':>19}{'peak MiB':>10}{'kept MiB':>10}")
     for r in rows:
         s, peak, kept = r['seconds'], r['peak_bytes'] / 2**20, r['kept_bytes'] / 2**20
-        took = f"{1e3*s['median']:.2f} ({1e3*s['low']:.2f} to {1e3*s['high']:.2f})"
+        took = f"{1e3 * s['median']:.2f} ({1e3 * s['low']:.2f} to {1e3 * s['high']:.2f})"
         print(f"{r['name']:<46}{took:>28}{r['ratio']['median']:>18.2f}×{peak:>10.2f}{kept:>10.2f}")
     return out
 
@@ -197,7 +236,8 @@ def sweep(timer, name, xs, quick, most_plain=math.inf, **fixed):
         sizes = {**DEFAULT, **fixed, name: x}
         A, y = batch(timer.device, **sizes)
         for form, make in dict(ours=ours, plain=plain).items():
-            if form == 'ours' or sizes['n'] <= most_plain: candidates[x, form] = (both(make(A, y, sizes['n']), A), A)
+            if form == 'ours' or sizes['n'] <= most_plain:
+                candidates[x, form] = (both(make(A, y, sizes['n']), A), A)
     times = timer.compare({k: f for k, (f, _) in candidates.items()})
     for (x, form), (f, A) in candidates.items():
         points.append(
@@ -224,6 +264,7 @@ def sweep(timer, name, xs, quick, most_plain=math.inf, **fixed):
     )
     return dict(fixed={k: v for k, v in {**DEFAULT, **fixed}.items() if k != name}, points=points, exponents=exponents)
 
+
 def section_classes(timer, speed, quick):
     """The number of classes n, for maps and for pooled features, where the class averages are as many numbers as the
     input. Labels are drawn from all n classes; under 'same classes', from 100 of them, the same images each time"""
@@ -235,14 +276,20 @@ def section_classes(timer, speed, quick):
     out['features, same classes'] = sweep_classes(timer, from_100, quick, present=100, **features)
     return out
 
+
 def sweep_classes(timer, ns, quick, **fixed):
     "A sweep over n; `flat` compares with the smallest n, and with the plain form at 100 classes"
     most_plain = 1000 if quick or fixed.get('c', 0) > 1000 else 10**4
     out = sweep(timer, 'n', ns, quick, most_plain, **fixed)
     mine = {p['x']: p for p in out['points'] if p['form'] == 'ours'}
     plain100 = next(p for p in out['points'] if p['form'] == 'plain' and p['x'] == 100)
-    def times(a, b): return ratio(a['seconds'], b['seconds'])['median']
-    def memory(a, b): return a['peak_bytes'] / b['peak_bytes']
+
+    def times(a, b):
+        return ratio(a['seconds'], b['seconds'])['median']
+
+    def memory(a, b):
+        return a['peak_bytes'] / b['peak_bytes']
+
     out['flat'] = {
         key: dict(
             least=ns[0],
@@ -258,6 +305,7 @@ def sweep_classes(timer, ns, quick, **fixed):
             f" to the plain form at 100 {v['million_to_plain_100']:.2f}×"
         )
     return out
+
 
 def section_sizes(timer, speed, quick):
     grids = (
@@ -277,17 +325,26 @@ def section_step(timer, speed, quick):
     m = 500 if gpu else 64
     rounds = (15 if gpu else 5) if quick else (31 if gpu else 9)
     torch.manual_seed(0)
-    model = resnet18(100).to(timer.device); opt = torch.optim.SGD(model.parameters(), lr=.01, momentum=.9)
+    model = resnet18(100).to(timer.device)
+    opt = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     x, y = torch.randn(m, 3, 32, 32, device=timer.device), torch.randint(0, 100, (m,), device=timer.device)
     aux, tap = GiniKLLoss(n_classes=100), FeatureTap(model)
+
     def step(terms):
         with torch.autocast(timer.device.type, torch.bfloat16, enabled=gpu):
             loss = F.cross_entropy(model(x), y)
-        if terms: loss = loss + aux(tap.pop(), y)
-        opt.zero_grad(); loss.backward(); opt.step()
-    def without(): step(False)
+        if terms:
+            loss = loss + aux(tap.pop(), y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+
+    def without():
+        step(False)
+
     def with_terms():
-        with tap: step(True)
+        with tap:
+            step(True)
 
     with tap, torch.autocast(timer.device.type, torch.bfloat16, enabled=gpu):
         model(x)
@@ -320,15 +377,21 @@ def section_step(timer, speed, quick):
 
 def section_inference(timer, speed, quick):
     from gini_loss.models import resnet18
+
     width = 16 if quick else 64
-    def network(): torch.manual_seed(0); return resnet18(100, width=width).to(timer.device)
+
+    def network():
+        torch.manual_seed(0)
+        return resnet18(100, width=width).to(timer.device)
+
     tapped, never = network(), network()
     x, y = torch.randn(8, 3, 32, 32, device=timer.device), torch.randint(0, 100, (8,), device=timer.device)
     state = {k: v.clone() for k, v in tapped.state_dict().items()}
     with FeatureTap(tapped) as tap:
         logits = tapped(x)
         (F.cross_entropy(logits, y) + GiniKLLoss()(tap.pop(), y)).backward()
-    tapped.zero_grad(set_to_none=True); tapped.load_state_dict(state)
+    tapped.zero_grad(set_to_none=True)
+    tapped.load_state_dict(state)
     programs = [torch.export.export(net.eval(), (x,)).graph_module.code for net in (tapped, never)]
     with torch.no_grad():
         times = timer.compare({'trained with the loss': lambda: tapped(x), 'never': lambda: never(x)})
@@ -352,16 +415,21 @@ def section_inference(timer, speed, quick):
 def cifar_files(n, folder):
     "n training images of CIFAR-100 as files, or, where it is not on disk, as many random ones written to `folder`"
     from fastai.data.external import fastai_cfg
+
     root = fastai_cfg().path('data') / 'cifar100'
     if (root / 'train').is_dir():
         files = sorted(root.glob('train/*/*/*.png'))
         return [files[i] for i in torch.linspace(0, len(files) - 1, n).long()], 'CIFAR-100'
     from PIL import Image
+
     files = []
     for i in range(n):
-        path = Path(folder) / f'class{i % 100:02}' / f'{i}.png'; path.parent.mkdir(exist_ok=True); files.append(path)
+        path = Path(folder) / f'class{i % 100:02}' / f'{i}.png'
+        path.parent.mkdir(exist_ok=True)
+        files.append(path)
         Image.fromarray(torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8).numpy()).save(path)
     return files, 'random images (CIFAR-100 is not on disk)'
+
 
 def section_throughput(timer, speed, quick):
     """Whole epochs of a fastai `Learner`: our loader, with the terms and without, and fastai's loaders, with the same
@@ -378,8 +446,9 @@ def section_throughput(timer, speed, quick):
     from gini_loss.callback import GiniLossCallback
     from gini_loss.loader import CIFAR100_MEAN, CIFAR100_STD, device_dls
     from gini_loss.models import resnet18
+
     device, gpu = timer.device, timer.device.type == 'cuda'
-    timer = Timer(device, timer.rounds)                                 # wall clock, because of the worker processes
+    timer = Timer(device, timer.rounds)  # wall clock, because of the worker processes
     n, bs, width, rounds = (20_000, 500, 64, 5) if gpu else (1_500, 100, 8, 5) if not quick else (1_000, 100, 4, 5)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     with tempfile.TemporaryDirectory() as folder:
@@ -409,7 +478,8 @@ def section_throughput(timer, speed, quick):
             learn = Learner(
                 dls, resnet18(100, width=width), loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=0.01, cbs=cbs
             )
-            learn.remove_cb(ProgressCallback); learn._do_epoch_validate = lambda *a, **k: None     # training alone
+            learn.remove_cb(ProgressCallback)
+            learn._do_epoch_validate = lambda *a, **k: None  # training alone
             return learn
 
         loops = {
@@ -417,13 +487,18 @@ def section_throughput(timer, speed, quick):
             'gini_loss engine, terms off': learner(ours()),
             'fastai stock, no workers': learner(stock(0)),
         }
-        if cores > 1: loops[f'fastai stock, {cores} workers'] = learner(stock(cores))
+        if cores > 1:
+            loops[f'fastai stock, {cores} workers'] = learner(stock(cores))
         model = loops['gini_loss engine, terms off'].model
         x, y = torch.randn(bs, 3, 32, 32, device=device), torch.randint(0, 100, (bs,), device=device)
+
         def compute():
-            for _ in range(n//bs): F.cross_entropy(model(x), y).backward()
+            for _ in range(n // bs):
+                F.cross_entropy(model(x), y).backward()
+
         def fit(learn):
-            with learn.no_logging(): learn.fit(1)
+            with learn.no_logging():
+                learn.fit(1)
 
         times = timer.compare(
             {**{name: (lambda l=l: fit(l)) for name, l in loops.items()}, 'forward and backward alone': compute},
@@ -468,18 +543,23 @@ def section_throughput(timer, speed, quick):
 
 
 def section_import(timer, speed, quick):
-    def children(): return os.times().children_user + os.times().children_system
+    def children():
+        return os.times().children_user + os.times().children_system
+
     clock = children if timer.clock is time.process_time and os.name == 'posix' else time.perf_counter
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)}
+
     def seconds(module):
         start = clock()
         subprocess.run([sys.executable, '-c', f'import {module}'], check=True, env=env)
         return clock() - start
+
     rows = {'torch': [], 'gini_loss': []}
     for i in range((3 if quick else 9) + 1):
         for module in rows:
             t = seconds(module)
-            if i: rows[module].append(t)                                 # the first round fills the cache of the disk
+            if i:
+                rows[module].append(t)  # the first round fills the cache of the disk
     rows = {k: summary(v) for k, v in rows.items()}
     out = dict(
         seconds=rows,
@@ -496,11 +576,16 @@ def section_import(timer, speed, quick):
 
 def version(name):
     from importlib import metadata
-    try: return metadata.version(name)
-    except metadata.PackageNotFoundError: return None
+
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
 
 def hardware(device):
-    if device.type == 'cuda': return torch.cuda.get_device_name(device)
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
     try:
         return next(
             l.split(':')[1].strip()
@@ -532,9 +617,11 @@ def main():
         help='file for the record (default: benchmarks/results/cost-<cpu or the name of the GPU>.json for a whole run)',
     )
     args = parser.parse_args()
-    if args.threads: torch.set_num_threads(args.threads)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     device, start = torch.device(args.device), time.perf_counter()
-    if device.type == 'cuda': torch.backends.cuda.matmul.allow_tf32 = False
+    if device.type == 'cuda':
+        torch.backends.cuda.matmul.allow_tf32 = False
     cpu_time = device.type == 'cpu' and torch.get_num_threads() == 1
     rounds = args.rounds or (5 if args.quick else 21)
     timer = Timer(device, rounds, time.process_time if cpu_time else time.perf_counter)
@@ -562,8 +649,9 @@ def main():
         f" {record['load_before'] and record['load_before'][0]}, torch {torch.__version__}"
     )
     record['bandwidth'] = speed = bandwidth(timer)
-    print(f"reading {speed['read']/1e9:.1f} GB/s, copying {speed['copy']/1e9:.1f} GB/s (read and written)")
-    for name in args.only: record[name] = globals()[f'section_{name}'](timer, speed, args.quick)
+    print(f"reading {speed['read'] / 1e9:.1f} GB/s, copying {speed['copy'] / 1e9:.1f} GB/s (read and written)")
+    for name in args.only:
+        record[name] = globals()[f'section_{name}'](timer, speed, args.quick)
     record.update(load_after=load(), seconds=round(time.perf_counter() - start, 1))
     out = args.out or (
         None
@@ -580,4 +668,5 @@ def main():
         print(f"written: {os.path.relpath(out)}")
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -9,6 +9,7 @@ in the machine's load affects all of them. The table shows the rate, and the rat
 rounds, the smallest and the largest. fastai's loader reads its files from a warm page cache, with workers and
 without; the faster of the two is the reference.
 """
+
 import argparse
 import datetime
 import json
@@ -53,13 +54,26 @@ def make_loaders(n_images, bs, device, cores):
 
     def stock(num_workers):
         dls = ImageDataLoaders.from_lists(
-            root, files, [f.parent.name for f in files], valid_pct=0, bs=bs, num_workers=num_workers, device=device,
-            item_tfms=[CropPad(40), RandomCrop(32), FlipItem(.5)],
-            batch_tfms=Normalize.from_stats(CIFAR100_MEAN, CIFAR100_STD))
+            root,
+            files,
+            [f.parent.name for f in files],
+            valid_pct=0,
+            bs=bs,
+            num_workers=num_workers,
+            device=device,
+            item_tfms=[CropPad(40), RandomCrop(32), FlipItem(0.5)],
+            batch_tfms=Normalize.from_stats(CIFAR100_MEAN, CIFAR100_STD),
+        )
         return dls.train
 
-    ours = DeviceLoader((data.train.images[index], data.train.labels[index]), bs=bs, shuffle=True, augment=True,
-                        normalize=(CIFAR100_MEAN, CIFAR100_STD), device=device)
+    ours = DeviceLoader(
+        (data.train.images[index], data.train.labels[index]),
+        bs=bs,
+        shuffle=True,
+        augment=True,
+        normalize=(CIFAR100_MEAN, CIFAR100_STD),
+        device=device,
+    )
     return {'DeviceLoader': ours, 'stock, no workers': stock(0), f'stock, {cores} workers': stock(cores)}
 
 
@@ -68,25 +82,28 @@ def check_same_work(loaders, bs, device):
     for name, loader in loaders.items():
         x = loader.one_batch()[0]
         assert x.shape == (bs, 3, 32, 32) and x.dtype == torch.float32 and x.device.type == device.type, name
-        assert abs(x.mean().item() + .25) < .25, name  # black borders pull the mean below 0
+        assert abs(x.mean().item() + 0.25) < 0.25, name  # black borders pull the mean below 0
         assert x.min() > -2 and x.max() < 2.2, name
 
 
-def rate(loader, device, at_least=1.):
+def rate(loader, device, at_least=1.0):
     "Images per second over whole epochs that take at least `at_least` seconds, including the start of workers"
     start, n, seconds = time.perf_counter(), 0, 0
     while seconds < at_least:
-        for x, _ in loader: n += len(x)
-        if device.type == 'cuda': torch.cuda.synchronize()
+        for x, _ in loader:
+            n += len(x)
+        if device.type == 'cuda':
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-    return n/seconds
+    return n / seconds
 
 
 def measure(loaders, device, rounds):
     "The rates of each loader, one per round, after a round that warms the caches"
     rates = {name: [] for name in loaders}
     for _ in range(rounds + 1):
-        for name, loader in loaders.items(): rates[name].append(rate(loader, device))
+        for name, loader in loaders.items():
+            rates[name].append(rate(loader, device))
     return {name: o[1:] for name, o in rates.items()}
 
 
@@ -99,15 +116,16 @@ def report(rates):
     ours = rates['DeviceLoader']
     print(f"{'loader':<20}{'images per second':>28}{'DeviceLoader is faster by':>32}")
     for name, o in rates.items():
-        ratio = '' if name == 'DeviceLoader' else middle([a/b for a, b in zip(ours, o)], '.1f')
+        ratio = '' if name == 'DeviceLoader' else middle([a / b for a, b in zip(ours, o)], '.1f')
         print(f"{name:<20}{middle(o, ',.0f'):>28}{ratio:>32}")
     fastest = [max(o) for o in zip(*(v for k, v in rates.items() if k != 'DeviceLoader'))]
-    ratios = [a/b for a, b in zip(ours, fastest)]
+    ratios = [a / b for a, b in zip(ours, fastest)]
     print(f"\nAgainst the faster stock loader of each round: {middle(ratios, '.1f')} times; the goal on 2 cores is 10")
     return ratios
 
 
-def summary(values): return dict(median=statistics.median(values), low=min(values), high=max(values))
+def summary(values):
+    return dict(median=statistics.median(values), low=min(values), high=max(values))
 
 
 def write(out, record):
@@ -120,7 +138,8 @@ def write(out, record):
 
 def main():
     args = arguments()
-    if args.threads: torch.set_num_threads(args.threads)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     loaders = make_loaders(args.images, args.bs, device, cores)
@@ -130,16 +149,30 @@ def main():
 
     found = environment(device)
     load = f", load average {load_before:.1f}" if load_before is not None else ''
-    print(f"{found['hardware']['device_name']}, {cores} cores{load}, torch {torch.__version__} with "
-          f"{torch.get_num_threads()} threads, fastai {fastai.__version__}")
+    print(
+        f"{found['hardware']['device_name']}, {cores} cores{load}, torch {torch.__version__} with "
+        f"{torch.get_num_threads()} threads, fastai {fastai.__version__}"
+    )
     print(f"{args.images:,} images, batches of {args.bs}, {args.rounds} rounds: median (smallest to largest)\n")
     ratios = report(rates)
     if args.out != 'none':
-        out = Path(args.out or Path(__file__).parent/'results'/f'loader-{device.type}.json')
-        write(out, dict(
-            benchmark='loader', date=datetime.date.today().isoformat(), **found, cores=cores, load_before=load_before,
-            images=args.images, bs=args.bs, rounds=args.rounds,
-            images_per_second={k: summary(v) for k, v in rates.items()}, ratio_to_faster_stock=summary(ratios)))
+        out = Path(args.out or Path(__file__).parent / 'results' / f'loader-{device.type}.json')
+        write(
+            out,
+            dict(
+                benchmark='loader',
+                date=datetime.date.today().isoformat(),
+                **found,
+                cores=cores,
+                load_before=load_before,
+                images=args.images,
+                bs=args.bs,
+                rounds=args.rounds,
+                images_per_second={k: summary(v) for k, v in rates.items()},
+                ratio_to_faster_stock=summary(ratios),
+            ),
+        )
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

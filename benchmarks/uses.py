@@ -1,4 +1,5 @@
-"""What the channels of trained networks are good for: a table from the networks of `gini_study twelve --weights FOLDER`.
+"""What the channels of trained networks are good for: a table from the networks of `gini_study twelve --weights
+FOLDER`.
 
     python benchmarks/uses.py weights --out results/twelve-uses.csv
 

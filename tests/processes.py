@@ -67,8 +67,19 @@ def train_an_epoch(path, arch, precision, lr, turned, rank=0, processes=1):
 
     if processes > 1:
         dist.init_process_group('gloo', init_method=f'file://{path}.store', rank=rank, world_size=processes)
-    c = recipe('test', loss='both', start_epoch=0, optimizer='sgd', lr=lr, momentum=0.9, train_per_class=20, bs=20,
-               epochs=1, arch=arch, precision=precision)
+    c = recipe(
+        'test',
+        loss='both',
+        start_epoch=0,
+        optimizer='sgd',
+        lr=lr,
+        momentum=0.9,
+        train_per_class=20,
+        bs=20,
+        epochs=1,
+        arch=arch,
+        precision=precision,
+    )
     dls = build_dls(c, device='cpu')
     if turned:  # each batch with its images in reverse order
         order = torch.cat([part.flip(0) for part in dls.train.order(0).split(dls.train.bs)])

@@ -1,7 +1,9 @@
-"""Fuzz the files that the package reads. Records, checkpoints and studies of any bytes are read, or raise an error of the
+"""Fuzz the files that the package reads. Records, checkpoints and studies of any bytes are read, or raise an error
+of the
 documented type.
 
-`GINI_LOSS_FUZZ=10000 pytest tests/test_files.py` draws that many fresh examples; without it each fuzz draws 150, the same each time.
+`GINI_LOSS_FUZZ=10000 pytest tests/test_files.py` draws that many fresh examples; without it each fuzz draws 150, the
+same each time.
 """
 
 import copy, hashlib, io, json, os, struct, warnings

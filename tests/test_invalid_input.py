@@ -1,4 +1,5 @@
 """Invalid input: each kind has its own message, which says what to do. Unusual but valid input is accepted."""
+
 import math
 import warnings
 
@@ -6,8 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from gini_loss.losses import (GiniKLLoss, class_means, class_probs, diagnostics, feature_histogram, gini_impurity,
-                              gini_loss, kl_loss, label_histogram, pool)
+from gini_loss.losses import (
+    GiniKLLoss,
+    class_means,
+    class_probs,
+    diagnostics,
+    feature_histogram,
+    gini_impurity,
+    gini_loss,
+    kl_loss,
+    label_histogram,
+    pool,
+)
 from gini_loss.targets import MixedTargets
 
 # ---- Invalid input: each kind has its own message ----
@@ -235,22 +246,30 @@ BAD = {
     'diagnostics of a bad label': (lambda: diagnostics(A4, Y4, 2), ValueError, r"label 2 is not below n_classes=2"),
 }
 
+
 @pytest.mark.parametrize('name', BAD)
 def test_bad_input_has_its_own_message(name):
     call, kind, message = BAD[name]
-    with pytest.raises(kind, match=message): call()
+    with pytest.raises(kind, match=message):
+        call()
+
 
 def test_targets_and_activations_on_two_devices():
-    with pytest.raises((ValueError, RuntimeError), match="meta"): GiniKLLoss()(A4, Y4.to('meta'))
+    with pytest.raises((ValueError, RuntimeError), match="meta"):
+        GiniKLLoss()(A4, Y4.to('meta'))
+
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_probabilities_of_any_precision_are_accepted(dtype):
     "Probabilities of many classes, few, one, and of a dead channel: rounding does not make them invalid"
     for n in (1, 2, 100, 5000):
-        P = class_probs(torch.rand(30, n)).to(dtype); P[0] = 0
+        P = class_probs(torch.rand(30, n)).to(dtype)
+        P[0] = 0
         assert gini_impurity(P).shape == (30,) and feature_histogram(P).isfinite().all()
 
+
 # ---- Integers of any kind, and what is not an integer ----
+
 
 def test_numpy_integers_are_numbers():
     A, y = torch.rand(6, 4, 2, 2), torch.arange(6) % 3
@@ -258,13 +277,16 @@ def test_numpy_integers_are_numbers():
     assert GiniKLLoss(n_classes=np.int64(3), channel_dim=np.int32(1), ignore_index=np.int64(-100))(A, y) == expected
     assert gini_loss(A, y, n_classes=np.int64(3), channel_dim=np.int64(1)) == gini_loss(A, y)
 
+
 @pytest.mark.parametrize('n', [0, -3, 2.5, '3', True, torch.tensor(3)])
 def test_what_is_no_number_of_classes(n):
     for call in (
         lambda: GiniKLLoss(n_classes=n),
         lambda: gini_loss(torch.rand(2, 3), torch.tensor([0, 1]), n_classes=n),
     ):
-        with pytest.raises(ValueError, match="n_classes must be a positive integer"): call()
+        with pytest.raises(ValueError, match="n_classes must be a positive integer"):
+            call()
+
 
 @pytest.mark.parametrize('dim', [0, 1.5, '1'])
 def test_what_is_no_channel_dim(dim):
@@ -275,11 +297,16 @@ def test_what_is_no_channel_dim(dim):
 def test_a_weight_is_not_learnt():
     with pytest.raises(TypeError, match="lambda_gini must be a constant, got a tensor that requires a gradient"):
         GiniKLLoss(torch.nn.Parameter(torch.tensor(0.3)))
-    assert GiniKLLoss(torch.tensor(.5)).lambda_gini == .5
+    assert GiniKLLoss(torch.tensor(0.5)).lambda_gini == 0.5
+
 
 # ---- Tensors of other kinds ----
 
-def jagged(): return torch.nested.nested_tensor([torch.rand(3, 6), torch.rand(5, 6)], layout=torch.jagged)
+
+def jagged():
+    return torch.nested.nested_tensor([torch.rand(3, 6), torch.rand(5, 6)], layout=torch.jagged)
+
+
 KINDS = {
     'jagged': (jagged, "to_padded_tensor"),
     'nested': (lambda: torch.nested.nested_tensor([torch.rand(3, 6), torch.rand(5, 6)]), "to_padded_tensor"),
@@ -291,16 +318,22 @@ KINDS = {
     'complex': (lambda: torch.rand(4, 3) * 1j, r"\.abs\(\)"),
 }
 
+
 @pytest.mark.parametrize('name', KINDS)
 def test_other_kinds_of_tensors_are_refused(name):
     "As activations and as targets; the message names the call to convert them"
     make, advice = KINDS[name]
-    try: x = make()
-    except (RuntimeError, NotImplementedError) as e: pytest.skip(f"this torch has none: {e}")
+    try:
+        x = make()
+    except (RuntimeError, NotImplementedError) as e:
+        pytest.skip(f"this torch has none: {e}")
     for call in (lambda: GiniKLLoss()(x, Y4), lambda: gini_loss(x, Y4), lambda: pool(x)):
-        with pytest.raises(TypeError, match=advice): call()
+        with pytest.raises(TypeError, match=advice):
+            call()
     if name != 'complex':
-        with pytest.raises(TypeError, match=f"targets.*{advice}"): GiniKLLoss()(A4, x)
+        with pytest.raises(TypeError, match=f"targets.*{advice}"):
+            GiniKLLoss()(A4, x)
+
 
 @pytest.mark.parametrize('name', ['sparse', 'mkldnn', 'float8', 'complex'])
 def test_the_advice_works(name):
@@ -313,17 +346,19 @@ def test_the_advice_works(name):
     }[name]
     assert GiniKLLoss()(remedy(x), Y4).isfinite()
 
+
 def test_the_advice_for_nested_tensors_works():
     "Padded and masked, terms and gradients are those of the mean of each sequence"
     rows, y = [torch.randn(k, 6) for k in (3, 5, 2, 4)], torch.tensor([0, 1, 0, 2])
-    x = torch.nested.to_padded_tensor(torch.nested.nested_tensor(rows, layout=torch.jagged), 0.).requires_grad_()
+    x = torch.nested.to_padded_tensor(torch.nested.nested_tensor(rows, layout=torch.jagged), 0.0).requires_grad_()
     mask = torch.arange(5) < torch.tensor([3, 5, 2, 4])[:, None]
     leaves = [r.clone().requires_grad_() for r in rows]
     got, expected = (
         GiniKLLoss(channel_dim=-1)(x, y, mask),
         GiniKLLoss()(torch.stack([r.abs().mean(0) for r in leaves]), y),
     )
-    got.backward(); expected.backward()
+    got.backward()
+    expected.backward()
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(x.grad[mask], torch.cat([r.grad for r in leaves]))
 
@@ -345,6 +380,7 @@ MASKS = {
     'nothing left': (torch.arange(4)[:, None, None].expand(4, 2, 5) != 2, ValueError, r"leaves no position of image 2"),
 }
 
+
 @pytest.mark.parametrize('name', MASKS)
 def test_bad_masks(name):
     mask, kind, message = MASKS[name]
@@ -353,7 +389,9 @@ def test_bad_masks(name):
         lambda: GiniKLLoss()(A5, Y4, mask),
         lambda: GiniKLLoss().terms(A5, Y4, mask=mask),
     ):
-        with pytest.raises(kind, match=message): call()
+        with pytest.raises(kind, match=message):
+            call()
+
 
 # ---- Priors ----
 
@@ -367,17 +405,19 @@ PRIORS = {
     'empty': (dict(class_prior=[]), r"got shape \(0,\)"),
 }
 
+
 @pytest.mark.parametrize('name', PRIORS)
 def test_bad_priors_are_told_at_construction(name):
     kwargs, message = PRIORS[name]
-    with pytest.raises(ValueError, match=f"class_prior.*{message}"): GiniKLLoss(**kwargs)
+    with pytest.raises(ValueError, match=f"class_prior.*{message}"):
+        GiniKLLoss(**kwargs)
     with pytest.raises(ValueError, match="class_prior"):
         kl_loss(A4, Y4, **{**kwargs, 'n_classes': None}) if name != 'too short' else kl_loss(
             A4, Y4, class_prior=[0.5, 0.5]
         )
 
 
-@pytest.mark.parametrize('y', [Y4, SOFT, MixedTargets(Y4, Y4.flip(0), .5)], ids=['labels', 'soft', 'mixed'])
+@pytest.mark.parametrize('y', [Y4, SOFT, MixedTargets(Y4, Y4.flip(0), 0.5)], ids=['labels', 'soft', 'mixed'])
 def test_a_prior_of_zero_for_a_class_of_the_batch(y):
     with pytest.raises(ValueError, match="class_prior is 0 for class 2, but the batch has images of it"):
         GiniKLLoss(class_prior=[0.5, 0.5, 0])(A4, y)
@@ -387,12 +427,15 @@ def test_a_prior_of_zero_for_a_class_of_the_batch(y):
 
 # ---- Targets that are not classes ----
 
+
 def test_regression_targets():
     "One column, or a value for each image: the message does not advise a conversion that would train on nonsense"
-    values = torch.tensor([.5, 1.25, 3., -2.2])
+    values = torch.tensor([0.5, 1.25, 3.0, -2.2])
     for y in (values, values[:, None]):
-        with pytest.raises((TypeError, ValueError), match="regression targets.*bucketize") as e: GiniKLLoss()(A4, y)
+        with pytest.raises((TypeError, ValueError), match="regression targets.*bucketize") as e:
+            GiniKLLoss()(A4, y)
         assert '.long()' not in str(e.value)
+
 
 def test_rows_that_are_no_shares_get_a_word():
     """Positive regression targets in several columns cannot be distinguished from class shares with certainty: a

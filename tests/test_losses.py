@@ -1,4 +1,5 @@
 """The loss as a module: memory layouts, subclasses, compilation, copies."""
+
 import copy
 import math
 import pickle
@@ -12,14 +13,16 @@ from gini_loss.losses import GiniKLLoss, diagnostics, gini_loss
 
 # ---- Layouts, subclasses, compilation, copies ----
 
+
 def other_layouts(A):
     yield A.to(memory_format=torch.channels_last)
     yield A.transpose(2, 3).contiguous().transpose(2, 3)
-    yield torch.cat([A, A])[:len(A)]
+    yield torch.cat([A, A])[: len(A)]
     big = torch.empty(A.shape[0] * 2, A.shape[1], A.shape[2] * 2, A.shape[3]).copy_(torch.rand(1))
     big[::2, :, ::2] = A
     yield big[::2, :, ::2]
     yield A.flip(0).flip(0)
+
 
 def test_memory_layout_does_not_matter():
     torch.manual_seed(0)
@@ -43,8 +46,11 @@ def test_memory_layout_does_not_matter():
 def test_inputs_are_not_changed():
     A, y, soft = torch.randn(6, 3), torch.tensor([0, 1, -100, 2, 2, 0]), torch.rand(6, 4)
     before = [t.clone() for t in (A, y, soft)]
-    for targets in (y, soft): GiniKLLoss()(A, targets); diagnostics(A, targets)
+    for targets in (y, soft):
+        GiniKLLoss()(A, targets)
+        diagnostics(A, targets)
     assert all(torch.equal(a, b) for a, b in zip((A, y, soft), before))
+
 
 def test_tensor_subclasses():
     core = pytest.importorskip('fastai.torch_core')
@@ -56,11 +62,13 @@ def test_tensor_subclasses():
         (core.TensorBase, core.TensorBase),
     ):
         x = kind(A.clone()).requires_grad_()
-        loss = GiniKLLoss()(x, target(y)); loss.backward()
+        loss = GiniKLLoss()(x, target(y))
+        loss.backward()
         assert type(loss) is torch.Tensor and torch.equal(loss, GiniKLLoss()(A, y)) and x.grad is not None
         assert all(type(t) in (torch.Tensor, float) for t in diagnostics(kind(A), target(y)))
         assert torch.equal(GiniKLLoss()(kind(A), core.TensorMultiCategory(torch.eye(3)[y])), loss)
     assert type(gini_loss(torch.nn.Parameter(A), y)) is torch.Tensor
+
 
 @pytest.mark.parametrize(
     'kwargs',
@@ -75,10 +83,15 @@ def test_tensor_subclasses():
 )
 @pytest.mark.parametrize('soft', [False, True])
 def test_compiled_with_fullgraph(kwargs, soft):
-    torch.manual_seed(0); torch._dynamo.reset()
-    A, y = torch.randn(16, 8, 6), torch.randint(0, 5, (16,)); y[3] = -100
-    if kwargs.get('rectify') == 'none': A = A.abs()
-    if soft: y = torch.rand(16, 5); kwargs = {**kwargs, 'n_classes': 5}
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    A, y = torch.randn(16, 8, 6), torch.randint(0, 5, (16,))
+    y[3] = -100
+    if kwargs.get('rectify') == 'none':
+        A = A.abs()
+    if soft:
+        y = torch.rand(16, 5)
+        kwargs = {**kwargs, 'n_classes': 5}
     compiled = torch.compile(GiniKLLoss(**kwargs).terms, fullgraph=True, backend='aot_eager')
     x = A.clone().requires_grad_()
     gini, kl = compiled(x, y)
@@ -88,30 +101,41 @@ def test_compiled_with_fullgraph(kwargs, soft):
     ):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
 
+
 @pytest.mark.parametrize('bad', ['nan', 'label too large', 'label below 0', 'negative', 'soft'])
 def test_compiled_checks_are_not_lost(bad):
     torch._dynamo.reset()
     A, y = torch.rand(4, 3), torch.tensor([0, 1, 2, 0])
     compiled = torch.compile(GiniKLLoss(n_classes=3, rectify='none').terms, fullgraph=True, backend='aot_eager')
     compiled(A, y)
-    if bad == 'nan': A[1, 1] = math.nan
-    if bad == 'negative': A[1, 1] = -1
-    if bad == 'label too large': y[0] = 3
-    if bad == 'label below 0': y[0] = -1
-    if bad == 'soft': y = -torch.eye(3)[y]
-    with pytest.raises((RuntimeError, AssertionError), match="check on the loss's input"): compiled(A, y)
+    if bad == 'nan':
+        A[1, 1] = math.nan
+    if bad == 'negative':
+        A[1, 1] = -1
+    if bad == 'label too large':
+        y[0] = 3
+    if bad == 'label below 0':
+        y[0] = -1
+    if bad == 'soft':
+        y = -torch.eye(3)[y]
+    with pytest.raises((RuntimeError, AssertionError), match="check on the loss's input"):
+        compiled(A, y)
+
 
 def test_module_is_plain():
     "The loss has no parameters, buffers or state, and can be copied, pickled and moved like any module"
-    loss = GiniKLLoss(.25, .75, rectify='relu', reverse_kl=True, n_classes=7)
+    loss = GiniKLLoss(0.25, 0.75, rectify='relu', reverse_kl=True, n_classes=7)
     A, y = torch.randn(6, 3), torch.arange(6)
     assert not list(loss.parameters()) and not loss.state_dict()
     for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), loss.half().train()):
         assert torch.equal(twin(A, y), loss(A, y))
     assert "lambda_gini=0.25, lambda_kl=0.75" in repr(loss)
 
+
 def test_works_without_gradients():
     A, y = torch.rand(6, 3), torch.arange(6)
-    with torch.no_grad(): a = GiniKLLoss()(A.clone().requires_grad_(), y)
-    with torch.inference_mode(): b = GiniKLLoss()(A, y)
+    with torch.no_grad():
+        a = GiniKLLoss()(A.clone().requires_grad_(), y)
+    with torch.inference_mode():
+        b = GiniKLLoss()(A, y)
     assert not a.requires_grad and torch.equal(a, b)

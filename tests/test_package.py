@@ -158,7 +158,16 @@ def imported_packages(path):
 
 
 # Needed only by an option; if the package is missing, an error says so
-OPTIONAL = {'matplotlib_inline', 'tensorboard', 'wandb', 'pytorch_metric_learning', 'timm', 'IPython', 'nbdev', 'sentencepiece'}
+OPTIONAL = {
+    'matplotlib_inline',
+    'tensorboard',
+    'wandb',
+    'pytorch_metric_learning',
+    'timm',
+    'IPython',
+    'nbdev',
+    'sentencepiece',
+}
 
 
 @pytest.mark.parametrize('path', modules, ids=lambda path: path.stem)

@@ -1,4 +1,5 @@
 "Looking at a layer leaves the model as it was; figures show names as they are given"
+
 import warnings
 import pytest, torch
 from torch import nn
@@ -8,6 +9,7 @@ from gini_loss.plots import LOSS_COLORS, LOSS_NAMES, as_text, inspect_layer, lay
 
 pytest.importorskip('matplotlib')
 import matplotlib
+
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 from gini_loss.plots import plot_class_probs, plot_histograms, plot_impurity, plot_runs, use_theme
@@ -22,14 +24,17 @@ def no_figures_left():
 
 
 @pytest.fixture
-def net(): return resnet18(3, width=2)
+def net():
+    return resnet18(3, width=2)
 
 
 @pytest.fixture
-def d(): return diagnostics(torch.rand(30, 8), torch.arange(30) % 3, 3)
+def d():
+    return diagnostics(torch.rand(30, 8), torch.arange(30) % 3, 3)
 
 
 # --- inspect_layer
+
 
 def test_values(net):
     x = torch.rand(6, 3, 8, 8)
@@ -51,7 +56,8 @@ def test_frozen_batchnorm_stays_frozen(net):
     net.layer2[0].bn1.eval()
     inspect_layer(net, [(torch.rand(6, 3, 8, 8), Y)])
     assert net.training and not net.bn1.training and not net.layer2[0].bn1.training and net.layer1.training
-    with pytest.raises(TypeError): inspect_layer(net, [(torch.rand(6, 3, 8, 8).bool(), Y)])
+    with pytest.raises(TypeError):
+        inspect_layer(net, [(torch.rand(6, 3, 8, 8).bool(), Y)])
     assert net.training and not net.bn1.training and net.layer1.training
 
 
@@ -62,17 +68,20 @@ def test_batch_statistics_are_not_touched(net):
 
 
 def test_some_batches_and_none(net):
-    batches = [(torch.rand(2, 3, 8, 8), Y[i:i+2]) for i in (0, 2, 4)]
+    batches = [(torch.rand(2, 3, 8, 8), Y[i : i + 2]) for i in (0, 2, 4)]
     assert len(inspect_layer(net, batches, n_batches=2).labels) == 4
-    with pytest.raises(ValueError, match='no batch'): inspect_layer(net, [])
-    with pytest.raises(ValueError, match='no labels'): inspect_layer(net, [torch.rand(2, 3, 8, 8)])
+    with pytest.raises(ValueError, match='no batch'):
+        inspect_layer(net, [])
+    with pytest.raises(ValueError, match='no labels'):
+        inspect_layer(net, [torch.rand(2, 3, 8, 8)])
 
 
 def test_targets_that_are_no_labels_and_models_without_logits():
     body = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU())
     seen = inspect_layer(body, [(torch.rand(6, 3, 8, 8), torch.rand(6, 4))], '1')
     assert seen.diagnostics.probs.shape == (5, 4) and seen.logits is None
-    with pytest.raises(ValueError, match='no logits'): _ = seen.right
+    with pytest.raises(ValueError, match='no logits'):
+        _ = seen.right
     with_column = inspect_layer(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), [(torch.rand(6, 4), Y)], '0')
     assert with_column.right.shape == (6,)
 
@@ -114,12 +123,14 @@ def test_names_of_losses_and_metrics(d):
 
 # --- the theme
 
+
 def contrast(color, ground):
     def luminance(c):
-        linear = [v/12.92 if v <= .04045 else ((v + .055)/1.055)**2.4 for v in matplotlib.colors.to_rgb(c)]
-        return .2126*linear[0] + .7152*linear[1] + .0722*linear[2]
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in matplotlib.colors.to_rgb(c)]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
     a, b = sorted((luminance(color), luminance(ground)))
-    return (b + .05) / (a + .05)
+    return (b + 0.05) / (a + 0.05)
 
 
 def test_colours_can_be_seen_on_white_and_on_the_dark_page():
@@ -138,10 +149,13 @@ def test_theme():
 
 def test_looking_needs_no_matplotlib():
     import subprocess, sys
-    code = ("import sys; sys.modules.update(dict.fromkeys(['matplotlib', 'seaborn', 'pandas']))\n"
-            "import torch; from gini_loss.plots import inspect_layer, plot_impurity\n"
-            "net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))\n"
-            "s = inspect_layer(net, [(torch.rand(4, 2), torch.arange(4) % 2)])\n"
-            "try: plot_impurity(s.diagnostics)\nexcept ImportError as e: print(e)")
+
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['matplotlib', 'seaborn', 'pandas']))\n"
+        "import torch; from gini_loss.plots import inspect_layer, plot_impurity\n"
+        "net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))\n"
+        "s = inspect_layer(net, [(torch.rand(4, 2), torch.arange(4) % 2)])\n"
+        "try: plot_impurity(s.diagnostics)\nexcept ImportError as e: print(e)"
+    )
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
     assert "gini_loss[plots]" in done.stdout, done.stderr

@@ -1,4 +1,5 @@
 """How close float32 and half precision come to float64, and that autocast changes nothing."""
+
 import math
 
 import pytest
@@ -9,23 +10,34 @@ from gini_loss.losses import GiniKLLoss, class_means, class_probs, gini_loss, kl
 
 # ---- Precision ----
 
+
 def realistic(name):
     "Typical batches: at the start of training, in the middle, and when each channel fires for one class"
     torch.manual_seed(len(name))
     y = torch.arange(200) % 10
-    if name == 'initial': return torch.randn(128, 256, 4, 4).relu(), torch.randint(0, 100, (128,))
-    if name == 'few images': return torch.randn(16, 4), torch.randint(0, 3, (16,))
-    if name == 'balanced': return torch.rand(200, 256), y
+    if name == 'initial':
+        return torch.randn(128, 256, 4, 4).relu(), torch.randint(0, 100, (128,))
+    if name == 'few images':
+        return torch.randn(16, 4), torch.randint(0, 3, (16,))
+    if name == 'balanced':
+        return torch.rand(200, 256), y
     own = (y[:, None] == torch.arange(256) % 10).float()
-    if name == 'specialised': return torch.rand(200, 256) * (own + 1e-3), y
-    if name == 'pure': return torch.rand(200, 256) * (own + 1e-6), y
-    if name == 'mixed labels': return torch.randn(64, 32, 2, 2), torch.rand(64, 10).softmax(1)
+    if name == 'specialised':
+        return torch.rand(200, 256) * (own + 1e-3), y
+    if name == 'pure':
+        return torch.rand(200, 256) * (own + 1e-6), y
+    if name == 'mixed labels':
+        return torch.randn(64, 32, 2, 2), torch.rand(64, 10).softmax(1)
     if name == 'teacher':
         return torch.rand(64, 32), (torch.randn(64, 10) * 30).softmax(1)  # probabilities down to 1e-45
 
 
 REALISTIC = ['initial', 'few images', 'balanced', 'specialised', 'pure', 'mixed labels', 'teacher']
-def relative(got, expected): return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+def relative(got, expected):
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
 
 @pytest.mark.parametrize('name', REALISTIC)
 @pytest.mark.parametrize('reverse', [False, True])
@@ -67,13 +79,15 @@ def test_precision_of_half_inputs(name, dtype, tolerance, reverse):
         )
     assert [relative(g, e) for g, e in zip(got, expected) if relative(g, e) > tolerance] == []
 
+
 @pytest.mark.parametrize('reverse', [False, True])
 def test_kl_is_never_negative(reverse):
     "For nearly equal histograms, rounding makes the divergence no more negative than in float64"
     torch.manual_seed(0)
     for _ in range(50):
-        A, y = 1 + 1e-3*torch.rand(40, 3), torch.arange(40) % 4
+        A, y = 1 + 1e-3 * torch.rand(40, 3), torch.arange(40) % 4
         assert kl_loss(A, y, reverse).item() >= -1e-15
+
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize('amp', [torch.bfloat16, torch.float16])
@@ -82,16 +96,21 @@ def test_autocast_changes_nothing(dtype, amp):
     A, y = torch.randn(20, 8, 3, 3).to(dtype).requires_grad_(), torch.randint(0, 5, (20,))
     for targets in (y, torch.rand(20, 5)):
         outside = GiniKLLoss()(A, targets)
-        with torch.autocast('cpu', amp): inside = GiniKLLoss()(A, targets)
+        with torch.autocast('cpu', amp):
+            inside = GiniKLLoss()(A, targets)
         gradients = [torch.autograd.grad(loss, A)[0] for loss in (inside, outside)]  # backward belongs outside autocast
         assert torch.equal(inside, outside) and inside.dtype == outside.dtype and torch.equal(*gradients)
 
+
 def test_soft_targets_of_another_precision_do_not_change_the_result_type():
     A, y = torch.rand(6, 3), torch.rand(6, 4)
-    for t in (y.double(), y.half(), y.bfloat16()): assert gini_loss(A, t).dtype == kl_loss(A, t).dtype == torch.float32
+    for t in (y.double(), y.half(), y.bfloat16()):
+        assert gini_loss(A, t).dtype == kl_loss(A, t).dtype == torch.float32
     assert gini_loss(A.double(), y).dtype == torch.float64
 
+
 # ---- Large features ----
+
 
 @pytest.mark.parametrize('m, c, n', [(256, 512, 10**6), (256, 512, 10), (100, 700, 10**6), (300, 2000, 150)])
 def test_features_in_blocks_keep_their_precision(m, c, n):
@@ -106,13 +125,17 @@ def test_features_in_blocks_keep_their_precision(m, c, n):
         )
         assert abs(got.item() - expected.item()) <= 1e-5 * abs(expected.item()) and (g - e).norm() <= 1e-5 * e.norm()
 
+
 @pytest.mark.parametrize('rectify', ['abs', 'none'])
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
 def test_without_the_check_what_is_not_finite_reaches_the_terms(rectify, bad):
     "Without the check, the terms are not finite either: the callback checks the terms instead"
-    A = torch.rand(6, 4); A[2, 1] = bad
-    loss = GiniKLLoss(rectify=rectify); loss.check_finite = False
+    A = torch.rand(6, 4)
+    A[2, 1] = bad
+    loss = GiniKLLoss(rectify=rectify)
+    loss.check_finite = False
     assert not any(t.isfinite() for t in loss.terms(A, torch.tensor([0, 1, 2, 0, 1, 2])))
+
 
 # ---- Nearly flat channels ----
 
@@ -122,16 +145,19 @@ FLAT = {
     'one in a million': lambda: (1 + 1e-6 * torch.randn(512, 64), 2),
 }
 
+
 @pytest.mark.parametrize('name', FLAT)
 @pytest.mark.parametrize('reverse', [False, True])
 def test_features_that_are_nearly_flat(name, reverse):
     "Class means are in double precision, so float32 features are within 1e-5 however weak the preferences are"
-    A, n = FLAT[name](); y = torch.arange(len(A)) % n
+    A, n = FLAT[name]()
+    y = torch.arange(len(A)) % n
     got, expected = (
         terms_and_gradients(A, y, reverse_kl=reverse),
         terms_and_gradients(A.double(), y, reverse_kl=reverse),
     )
     assert [relative(g, e) for g, e in zip(got, expected) if relative(g, e) > 1e-5] == []
+
 
 @pytest.mark.parametrize('offset, side', [(1, 7), (10, 4), (10, 14), (100, 4)])
 def test_maps_that_are_nearly_flat(offset, side):
@@ -139,6 +165,6 @@ def test_maps_that_are_nearly_flat(offset, side):
     divided by the preference of the channels, so it is below 1e-5 for preferences above .05 %"""
     A, y = offset + torch.randn(256, 32, side, side), torch.arange(256) % 2
     P = class_probs(class_means(pool(A.double()), y))
-    preference = (2*P - 1).abs().square().mean().sqrt().item()
+    preference = (2 * P - 1).abs().square().mean().sqrt().item()
     got, expected = terms_and_gradients(A, y), terms_and_gradients(A.double(), y)
     assert max(relative(got[i], expected[i]) for i in (2, 3)) < max(3e-8 / preference, 1e-6)

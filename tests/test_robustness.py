@@ -171,7 +171,8 @@ def terms_in_double(A, y):
 
 def fit_against_float64(learn, cb, keep, dtype, tolerance):
     """Fit. In each of the four steps the terms and their gradients must be those of float64 from the same activations,
-    which are of `dtype`. In the last, the gradient of the network must be that of float64's gradient at the activations,
+    which are of `dtype`. In the last, the gradient of the network must be that of float64's gradient at the
+    activations,
     brought back through the same half-precision network: the network's own rounding is in both"""
     seen, real, scale = [], cb.losses[0].measure, 2.0**10  # float16 needs the scaler, here by hand
 

@@ -319,7 +319,17 @@ def test_bars_in_code_have_no_backslash_in_a_table(tidy):
 
 def test_an_equation_stands_beside_the_code_below_it_and_the_entry_moves_down(tidy):
     html = tidy(DERIVED)
-    order = ['class="side-by-side"', 'class="words"', r"\tag{1}", "In words.", "def", "(1)", "<h3", "What it does", "After it"]
+    order = [
+        'class="side-by-side"',
+        'class="words"',
+        r"\tag{1}",
+        "In words.",
+        "def",
+        "(1)",
+        "<h3",
+        "What it does",
+        "After it",
+    ]
     plain = re.sub(r"<span[^>]*>|</span>", "", html.replace('<span class="math display">', ""))
     places = [plain.index(part) for part in order]
     assert places == sorted(places)

@@ -358,7 +358,9 @@ def test_stopped_within_an_epoch(tmp_path, monkeypatch):
 
 def command(folder, c):
     "Arguments of `gini_train` for `c`, with a checkpoint after each epoch"
-    options = f'--preset test --train-per-class {c.train_per_class} --epochs {c.epochs} --checkpoint-every 1 --device cpu'
+    options = (
+        f'--preset test --train-per-class {c.train_per_class} --epochs {c.epochs} --checkpoint-every 1 --device cpu'
+    )
     return [*options.split(), *where(folder, 'results', 'checkpoints')]
 
 

@@ -3,7 +3,9 @@
 
 class Pairs(list):
     "A list of (image, label) that fastai takes as a data set"
-    def new_empty(self): return Pairs()
+
+    def new_empty(self):
+        return Pairs()
 
 
 def hooks(model):
