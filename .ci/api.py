@@ -1,6 +1,5 @@
 """Write the pages of the API, one notebook per module: an entry for each public name, and below it the examples that
-the
-notebook has there already. Write examples in the notebooks; this script changes only the entries around them.
+the notebook has there already. Write examples in the notebooks; this script changes only the entries around them.
 
 `--check` lists the pages that are out of date. It does not compare line numbers of the source.
 """

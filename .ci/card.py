@@ -1,9 +1,8 @@
-"""Draw nbs/images/card.png, the picture that other sites show with a link: the two heat maps of the home page, 1200
-x 630.
+"""Draw nbs/images/card.png, the picture that other sites show with a link: the two heat maps of the home page, 1200 x
+630.
 
 It trains two narrow networks on scikit-learn's digits, about a minute on a CPU. Run it again when the project's
-sentence
-or the style of the figures changes.
+sentence or the style of the figures changes.
 """
 
 import warnings

@@ -1,10 +1,8 @@
 """Check every notebook: outputs are stored and clean, figures and images have descriptions, links and anchors exist,
-and
-there is prose between the code. Links and images of README.md and CONTRIBUTING.md are checked too.
+and there is prose between the code. Links and images of README.md and CONTRIBUTING.md are checked too.
 
-This runs offline, so links that leave the project must only be well formed. `--external` lists them with their
-files, for
-a person or another tool to try.
+This runs offline, so links that leave the project must only be well formed. `--external` lists them with their files,
+for a person or another tool to try.
 
 Run from the repository's root. Prints one line a finding and exits with 1 if there is any.
 """

@@ -1,6 +1,5 @@
-"""Write the stored outputs of the interactive figures again. They contain the script `nbs/widgets/gini.js`, and a
-text for
-readers without scripts, so they go out of date when these change.
+"""Write the stored outputs of the interactive figures again. They contain the script `nbs/widgets/gini.js`, and a text
+for readers without scripts, so they go out of date when these change.
 
 `--check` exits with 1 if one of them is out of date.
 """

@@ -18,7 +18,7 @@ from .extras import need_extra; need_extra('fastai')
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.learner import Recorder
-from .health import LayerEpoch, judge, require_finite
+from .health import LayerEpoch, find_problems, require_finite
 from .losses import GiniKLLoss, Measured
 from .ranks import sum_over_ranks, world_size
 from .running import RunningGiniKLLoss
@@ -221,7 +221,7 @@ def _check_function(f, name, of):
     raise TypeError(f"{name} must be a function, got {type(f).__name__}: pass a function of {of}")
 
 def _is_same(A, pred):
-    "Are these the same values in the same memory?"
+    "True if both tensors share memory and values"
     if not isinstance(A, torch.Tensor) or not isinstance(pred, torch.Tensor): return False
     return A.shape == pred.shape and A.data_ptr() == pred.data_ptr()
 
@@ -334,7 +334,7 @@ class GiniLossCallback(Callback):
                       " longer")
 
     def _quiet(self):
-        "Give no warnings? In a search for the learning rate, and with both weights at zero"
+        "True if warnings are off: in a search for the learning rate, or with both weights at zero"
         return hasattr(self.learn, 'lr_finder') or not any(l.lambda_gini or l.lambda_kl for l in self.losses)
 
     def before_train(self):
@@ -438,7 +438,7 @@ class GiniLossCallback(Callback):
             if not layer.seen.images: continue
             require_finite(layer.seen, layer.name, self.learn.epoch)
             if self._quiet() or not any(layer.weights): continue
-            for finding in judge(layer.seen, self.learn.epoch >= self.start_epoch, layer.loss.channel_dim):
+            for finding in find_problems(layer.seen, self.learn.epoch >= self.start_epoch, layer.loss.channel_dim):
                 self._warn_once(layer, *finding)
 
     def _warn_once(self, layer, kind, message):

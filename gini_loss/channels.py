@@ -366,7 +366,7 @@ def strongest_images(
         labels = torch.full((len(x),), -1) if y is None else torch.as_tensor(y).cpu()
         best = _keep_best(best, M[:, numbers].T, torch.arange(seen, seen + len(x)), labels, x.detach().cpu(), k)
         seen += len(x)
-    if best is None: raise ValueError("the data loader gave no batch: there is nothing to look at")
+    if best is None: raise ValueError("the data loader is empty: pass one with at least one batch")
     return StrongestImages(numbers, *best)
 
 def _keep_best(best, strength, indices, labels, images, k):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ImageSet', 'CIFAR100', 'CALTECH12', 'FolderSet', 'to_rgb', 'read_images', 'pack_arrays', 'unpack_arrays',
-           'load_cifar100', 'find_duplicates', 'seeded_generator', 'check_seed', 'check_labels', 'split_train_valid',
+           'load_cifar100', 'find_duplicates', 'seeded_generator', 'check_seed', 'label_tensor', 'split_train_valid',
            'load_caltech12', 'find_images', 'class_folders', 'load_folder', 'select_classes']
 
 # %% ../nbs/20_datasets.ipynb #d736c580
@@ -331,7 +331,7 @@ def check_seed(
     if seed < 0: raise ValueError(f"seed must not be negative, got {seed}")
     return int(seed)
 
-def check_labels(
+def label_tensor(
     labels: Sequence[int] | torch.Tensor # (N,) integers
 ) -> torch.Tensor:
     "The labels as an int64 tensor. TypeError if they are not integers, ValueError if they are not (N,)"
@@ -354,7 +354,7 @@ def split_train_valid(
     images: torch.Tensor | None = None # (N, ...) the images; an image with a copy stays in training
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Sorted int64 indices of the training and of the validation images. ValueError if a class is too small"
-    labels, seed, per_class = check_labels(labels).cpu(), check_seed(seed), check_count(per_class, 'per_class')
+    labels, seed, per_class = label_tensor(labels).cpu(), check_seed(seed), check_count(per_class, 'per_class')
     may_leave = torch.ones(len(labels), dtype=torch.bool)
     if images is not None:
         _check_same_length(images, labels)
@@ -477,7 +477,7 @@ def class_folders(
     return folders
 
 def _check_different(path, folders):
-    "ValueError if two of the folders are links to one"
+    "ValueError if two class folders are links to the same folder"
     names = {}
     for o in folders: names.setdefault(o.resolve(), []).append(o.name)
     twice = [' and '.join(o) for o in names.values() if len(o) > 1]
@@ -536,7 +536,7 @@ def select_classes(
     seed: int = 0 # Seed of the draw
 ) -> ImageSet:
     "The images of some classes, relabelled 0..k-1, in their order. ValueError for an absent, repeated or small class"
-    labels, classes, seed = check_labels(labels).cpu(), [int(o) for o in classes], check_seed(seed)
+    labels, classes, seed = label_tensor(labels).cpu(), [int(o) for o in classes], check_seed(seed)
     _check_same_length(images, labels)
     if not classes or len(set(classes)) < len(classes):
         raise ValueError(f"classes must be different labels, at least one, got {classes}")

@@ -117,7 +117,7 @@ def demo_data(
     "Images to train and to test on. FileNotFoundError if the data are missing, ValueError if they are too few"
     from gini_loss.datasets import select_classes
     if size is not None and data in ('digits', 'cifar100'):
-        raise ValueError(f"size is for the images of a folder; those of {data} have a fixed size")
+        raise ValueError(f"size applies to the images of a folder alone; those of {data} have a fixed size")
     if data != 'digits': per_class = per_class or 500
     if data == 'digits': train, test, names, title = _digits(seed)
     elif data == 'cifar100':

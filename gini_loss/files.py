@@ -102,7 +102,7 @@ def describe_error(
 def digest(
     data: bytes | Iterable[bytes], # the bytes, as one object or as several parts
 ) -> str:
-    "32 hexadecimal digits that change with any bit of `data`"
+    "128-bit digest of `data`, as 32 hexadecimal digits"
     found = blake2b(digest_size=16)
     for part in [data] if isinstance(data, (bytes, bytearray, memoryview)) else data: found.update(part)
     return found.hexdigest()

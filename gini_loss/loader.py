@@ -25,7 +25,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import default_device, show_image
 from fastai.vision.data import get_grid
 from PIL import Image
-from .datasets import ImageSet, check_labels, check_seed, load_cifar100, seeded_generator
+from .datasets import ImageSet, label_tensor, check_seed, load_cifar100, seeded_generator
 from .datasets import split_train_valid, to_rgb
 
 # %% ../nbs/20b_loader.ipynb #ca60a789
@@ -115,7 +115,7 @@ class ImageDataset:
     @staticmethod
     def _check_labels(labels, count, vocab):
         "Labels as int64, and class names. ValueError unless there is a name for each label and a label per image"
-        labels = check_labels(labels)
+        labels = label_tensor(labels)
         if len(labels) != count: raise ValueError(f"{count} images but {len(labels)} labels: give one label per image")
         low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, -1)
         if vocab is None: vocab = [str(i) for i in range(high + 1)]

@@ -72,7 +72,7 @@ def judge(
     if there is no claim"""
     check_fraction(alpha, "alpha")
     if paper_difference is not None and (not np.isfinite(paper_difference) or paper_difference == 0):
-        raise ValueError(f"paper_difference must be a gain or a drop, got {paper_difference!r}; give None if the "
+        raise ValueError(f"paper_difference must be finite and not zero, got {paper_difference!r}; give None if the "
                          "paper makes no claim")
     if difference is None: return "not run"
     p = difference.p_t if p_adjusted is None else p_adjusted

@@ -55,7 +55,7 @@ def inspect_layer(
         labels.append(torch.as_tensor(y).cpu())
         output = getattr(output, 'logits', output)
         if isinstance(output, torch.Tensor) and output.ndim == 2: outputs.append(output.detach().cpu())
-    if not features: raise ValueError("the data loader gave no batch: there is nothing to look at")
+    if not features: raise ValueError("the data loader is empty: pass one with at least one batch")
     M, y = torch.cat(features), torch.cat(labels)
     d = diagnostics(M, y, n_classes, rectify, reverse_kl)
     return Inspection(d, M, y, torch.cat(outputs) if len(outputs) == len(features) else None)

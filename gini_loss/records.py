@@ -248,7 +248,7 @@ def _check_files(path, packed):
         raise RecordError(f"{path} is {kind}, not a record: rename or remove it")
     for file in (path, packed):
         if file.is_file() and file.stat().st_size > _MOST_BYTES:
-            raise RecordError(f"{file}: it has more than {_MOST_BYTES:,} bytes, which no record has")
+            raise RecordError(f"{file}: it has more than {_MOST_BYTES:,} bytes, too many for a record")
 
 # %% ../nbs/24_records.ipynb #cc713b45
 def _read_json(path):

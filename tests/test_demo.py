@@ -251,7 +251,7 @@ def test_networks_can_be_left_out(tmp_path):
         ('--classes 1', 'from 2 to 10'),
         ('--classes 3,3', 'two different names'),
         ('--per-class 0', 'argument --per-class: expected a whole number of at least 1'),
-        ('--size 16', 'size is for the images of a folder'),
+        ('--size 16', 'size applies to the images of a folder'),
         ('--epochs 0', 'epochs must be'),
         ('--epochs 1.5', "epochs='1.5': expected int"),
         ('--lr fast', "lr='fast': expected float"),

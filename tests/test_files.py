@@ -1,6 +1,5 @@
-"""Fuzz the files that the package reads. Records, checkpoints and studies of any bytes are read, or raise an error
-of the
-documented type.
+"""Fuzz the files that the package reads. Records, checkpoints and studies of any bytes are read, or raise an error of
+the documented type.
 
 `GINI_LOSS_FUZZ=10000 pytest tests/test_files.py` draws that many fresh examples; without it each fuzz draws 150, the
 same each time.

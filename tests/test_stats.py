@@ -382,8 +382,8 @@ def test_judge_without_pairs():
 @pytest.mark.parametrize(
     'paper, adjusted, alpha, message',
     [
-        (0.0, None, 0.05, "a gain or a drop"),
-        (float('nan'), None, 0.05, "a gain or a drop"),
+        (0.0, None, 0.05, "finite and not zero"),
+        (float('nan'), None, 0.05, "finite and not zero"),
         (1.0, 0.001, 0.05, "unadjusted"),
         (1.0, 1.5, 0.05, "p_adjusted"),
         (1.0, float('nan'), 0.05, "p_adjusted"),
