@@ -120,6 +120,11 @@ def probe(rounds=60):
     print(json.dumps({f'{k}, ms a step': round(v, 3) for k, v in found.items()}))
 
 
+def fitting_workers(piece, args, seconds=27):
+    "As many runs of twelve-full at a time as end in the time that is left: side by side each adds `seconds`"
+    return max(1, min(args.full_workers, int((piece.left() - 30) // seconds)))
+
+
 def one(piece, args):
     python = sys.executable
     piece.step(
@@ -165,11 +170,11 @@ def one(piece, args):
         return piece.study('test', 120, 2)
     piece.study('twelve', args.limits[0], args.workers, weights=piece.work / 'weights')
     piece.study('twelve-rivals', args.limits[1], args.workers)
-    piece.study('twelve-full', args.limits[2], args.full_workers, *FAST)
+    piece.study('twelve-full', args.limits[2], fitting_workers(piece, args), *FAST)
 
 
 def full(piece, args):
-    piece.study('twelve-full', float('inf'), args.full_workers, *FAST)
+    piece.study('twelve-full', float('inf'), fitting_workers(piece, args), *FAST)
 
 
 def two(piece, args):
@@ -194,7 +199,7 @@ def main():
     parser.add_argument('--work', default=None, help='folder of records and checkpoints (OUT/work)')
     parser.add_argument('--budget', type=float, default=660, metavar='SECONDS')
     parser.add_argument('--workers', type=int, default=12, help='runs at a time of the small studies')
-    parser.add_argument('--full-workers', type=int, default=8, help='runs at a time of twelve-full')
+    parser.add_argument('--full-workers', type=int, default=8, help='runs of twelve-full at a time, at most')
     parser.add_argument(
         '--limits',
         type=float,
