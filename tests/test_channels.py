@@ -471,7 +471,7 @@ def test_strongest_images_do_not_depend_on_the_batches():
     assert few.images.shape == (1, 2, 3, 8, 8) and (few.labels == -1).all()
     with pytest.raises(ValueError, match='no channel 6'):
         strongest_images(model, [x], [6], 'norm')
-    with pytest.raises(ValueError, match='no batch'):
+    with pytest.raises(ValueError, match='is empty'):
         strongest_images(model, [], [0], 'norm')
 
 

@@ -70,7 +70,7 @@ def test_batch_statistics_are_not_touched(net):
 def test_some_batches_and_none(net):
     batches = [(torch.rand(2, 3, 8, 8), Y[i : i + 2]) for i in (0, 2, 4)]
     assert len(inspect_layer(net, batches, n_batches=2).labels) == 4
-    with pytest.raises(ValueError, match='no batch'):
+    with pytest.raises(ValueError, match='is empty'):
         inspect_layer(net, [])
     with pytest.raises(ValueError, match='no labels'):
         inspect_layer(net, [torch.rand(2, 3, 8, 8)])
