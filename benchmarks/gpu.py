@@ -12,8 +12,8 @@ three: the rest of Table 2, then the other networks of Table 1.
 
 Records and checkpoints go to --work, outside the tree. What is finished is packed into OUT/results.tgz, and
 OUT/steps.json says of each step how it ended and how long it took. A step that fails does not stop the next one. On an
-NVIDIA H200 a run of twelve or twelve-rivals takes 3 s (14 at a time) and one of twelve-full 26 s (8 at a time: 210 s
-from start to end, so give it no less).
+NVIDIA H200 a run of twelve or twelve-rivals took 3 s (14 at a time). An epoch of twelve-full took 1.05 s with 8 runs at a
+time, so those 8 need about 210 s, 26 s each; give it no less.
 """
 
 import argparse, json, os, subprocess, sys, tarfile, time
