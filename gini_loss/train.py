@@ -445,10 +445,21 @@ def _compile(model, config):
     return torch.compile(model, dynamic=False)
 
 # %% ../nbs/23c_train.ipynb #9333d9dc
+def _stages(model, layer):
+    "The stages of `model` in the order in which they run, up to and including `layer`"
+    stages = []
+    for name, part in model.named_children():
+        holds_layer = layer.startswith(f'{name}.')
+        if any(True for _ in part.children()) and not holds_layer: stages.append(part)
+        if holds_layer or name == layer: break
+    return stages
+
 def _use_cuda_graphs(model, config, batch):
     """Record the forward and backward pass of each stage of `model` as a CUDA graph. The kernels and their results stay
-    the same, but launching them one by one takes most of the time of a small batch"""
-    stages = [part for part in model.children() if any(True for _ in part.children())]
+    the same, but launching them one by one takes most of the time of a small batch. What follows the tapped layer is
+    not recorded: to measure the pulls its backward pass runs twice, and a recorded one overwrites what it needs"""
+    stages = _stages(model, FeatureTap(model, config.layer).name)
+    if not stages: return
     inputs, before = {}, {k: v.clone() for k, v in model.state_dict().items()}
     def note(stage, args): inputs[stage] = args[0].detach().clone().requires_grad_()
     hooks = [stage.register_forward_pre_hook(note) for stage in stages]

@@ -27,6 +27,7 @@ from gini_loss.train import (
     train,
 )
 
+from graphs import make_graphed_callables
 from processes import finish, run_train, start, take_a_lock_often, train_an_epoch
 
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
@@ -473,14 +474,45 @@ def test_resumed_on_a_gpu(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.usefixtures('deterministic')
-@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
-def test_cuda_graphs_give_the_numbers_of_the_engine_without(tmp_path, precision):
+@pytest.mark.parametrize(
+    'changes',
+    [dict(precision='float32'), dict(precision='bfloat16'), dict(arch='cvt7'), dict(layer='layer3')],
+    ids=lambda changes: '-'.join(changes.values()),
+)
+def test_cuda_graphs_give_the_numbers_of_the_engine_without(tmp_path, changes):
     "Stages recorded as graphs give the same losses, terms and pulls"
-    c = small(precision=precision, channels_last=True, width=8)
+    c = small(channels_last=True, width=8, **changes)
     plain = run(c, tmp_path / 'plain', device='cuda')
     graphs = run(c, tmp_path / 'graphs', device='cuda', cuda_graphs=True)
     for column in ('train_loss', 'train_gini', 'train_kl', 'grad_main', 'valid_loss'):
         assert graphs['epochs'][column] == pytest.approx(plain['epochs'][column], rel=1e-4), column
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        *[dict(arch=arch) for arch in RECIPES if arch in ('resnet17', 'resnet18', 'resnet50', 'cvt7')],
+        *[dict(layer=layer) for layer in ('layer2', 'layer4.0', 'conv1')],
+        dict(optimizer='sgd', class_prior='train', channels_last=True),
+        dict(objective='center', objective_weight=0.1),
+    ],
+    ids=lambda changes: '-'.join(map(str, changes.values())),
+)
+def test_recorded_stages_give_the_numbers_of_the_engine_without(monkeypatch, changes):
+    "On a CPU, with stages whose memory is overwritten by each batch: equal weights, losses, terms and pulls"
+    monkeypatch.setattr(torch.cuda, 'make_graphed_callables', make_graphed_callables)
+    c, found = small(**{**dict(epochs=2, start_epoch=1, width=4), **changes}), []
+    for cuda_graphs in (False, True):
+        torch.manual_seed(0)
+        learn = build_learner(c, build_dls(c, device='cpu'), cuda_graphs=cuda_graphs)
+        learn.fit_from(0, c.epochs)
+        columns = {k: v for k, v in learn.epoch_log.columns.items() if k != 'seconds'}
+        found.append((columns, learn.model.state_dict()))
+    (plain, weights), (recorded, recorded_weights) = found
+    assert recorded.keys() == plain.keys() and all(
+        recorded[k] == pytest.approx(plain[k], rel=1e-6, nan_ok=True) for k in plain
+    )
+    assert all(torch.equal(recorded_weights[k], weights[k]) for k in weights)
 
 
 def test_cuda_graphs_need_a_gpu(tmp_path):
