@@ -7,6 +7,7 @@ for a person or another tool to try.
 Run from the repository's root. Prints one line a finding and exits with 1 if there is any.
 """
 
+import ast
 import json
 import re
 import subprocess
@@ -20,6 +21,7 @@ from common import cells, cfg, page, site, text
 MAX_BYTES, MAX_CODE_RUN, MAX_OUTPUT_LINE, MAX_PLOT_LINES = 1_500_000, 4, 350, 20
 RESULTS = re.compile(r"3[1-6]_")
 DERIVATION, PHOTOGRAPHS = re.compile(r"0[2-5]_"), re.compile(r"20b?_")
+COPIED = re.compile(r"1[4-9]_")  # readers copy their code from the site, which leaves hidden cells out
 ENTRY = re.compile(r"^show_doc\(", re.M)
 MACHINE_PATH = re.compile(r"/(?:work|root|tmp|home|Users|opt)/[\w.~-]+")
 LINK = re.compile(r"(?<!!)\[(?:!\[[^\]]*\]\([^)]*\)|[^\]])*\]\(([^)\s]+)\)")
@@ -224,6 +226,31 @@ def check_derivation(path, all_cells, say):
             say(f"Equation {number.group(1)} without code right below it")
 
 
+def defined_and_used(sources):
+    defined, used = set(), set()
+    for node in ast.walk(ast.parse("\n".join(sources))):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            defined.add(node.name)
+        elif isinstance(node, ast.alias):
+            defined.add(node.asname or node.name)
+        elif isinstance(node, ast.arg):
+            defined.add(node.arg)
+        elif isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else defined).add(node.id)
+    return defined, used
+
+
+def check_copied(path, all_cells, say):
+    "The code of a page that readers copy from uses no name that only hidden code defines"
+    if not COPIED.match(path.name):
+        return
+    code = [text(c["source"]) for c in all_cells if c["cell_type"] == "code"]
+    hidden = [source for source in code if re.search(r"^#\|\s*(?:hide\b|echo: false)", source, re.M)]
+    shown_names, used = defined_and_used([source for source in code if source not in hidden])
+    for name in sorted(defined_and_used(hidden)[0] & used - shown_names):
+        say(f"code that readers copy uses {name}, which only a hidden cell defines")
+
+
 def reporter(where):
     def say(message):
         problems.append(f"{where}: {message}")
@@ -264,6 +291,7 @@ def check(path):
     check_opening(path, all_cells, say)
     check_answer(path, all_cells, say)
     check_derivation(path, all_cells, say)
+    check_copied(path, all_cells, say)
     check_cells(path, all_cells)
 
 

@@ -1,5 +1,5 @@
 """Write the first cell of each notebook that has one, which installs the package in Colab: from the index, or from the
-repository if the index does not have it, with the extras that the page's imports need.
+repository if the index does not have it, with the extras and the other trainers that the page's imports need.
 
 With names of notebooks, only those are written; `--check` lists the notebooks that are out of date.
 """
@@ -17,11 +17,15 @@ NEEDS = {
     "plots": r"^(?:from|import) (?:matplotlib|seaborn|pandas|numpy)\b|gini_loss\.plots",
     "replication": r"^(?:from|import) (?:torchvision|scipy|sklearn|PIL)\b|gini_loss\.(?:datasets|loader|train|study|records|paper|stats|demo|config)\b",
 }
+OTHERS = {"lightning": "lightning", "transformers": "transformers accelerate", "accelerate": "accelerate", "timm": "timm"}
 
 
-def extras(all_cells):
+def code_of(all_cells):
+    return "\n".join(text(c["source"]) for c in all_cells if c["cell_type"] == "code")
+
+
+def extras(code):
     "The extras that the imports of a page need; `all` if these are all three"
-    code = "\n".join(text(c["source"]) for c in all_cells if c["cell_type"] == "code")
     if "from gini_loss.api import" in code:
         return ["all"]
     found = [name for name, pattern in NEEDS.items() if re.search(pattern, code, re.M)]
@@ -29,12 +33,14 @@ def extras(all_cells):
 
 
 def install_cell(all_cells):
-    wanted = cfg["lib_name"] + (f"[{','.join(found)}]" if (found := extras(all_cells)) else "")
+    code = code_of(all_cells)
+    wanted = cfg["lib_name"] + (f"[{','.join(found)}]" if (found := extras(code)) else "")
+    others = "".join(f" {names}" for name, names in OTHERS.items() if re.search(rf"^(?:from|import) {name}\b", code, re.M))
     return f'''#| hide
 import importlib.util
 if importlib.util.find_spec("gini_loss") is None:
     wanted, address = "{wanted}", "{ADDRESS}"
-    get_ipython().system(f"pip install -q '{{wanted}}' || pip install -q '{{wanted}} @ {{address}}'")'''
+    get_ipython().system(f"pip install -q '{{wanted}}'{others} || pip install -q '{{wanted}} @ {{address}}'{others}")'''
 
 
 def main():

@@ -16,6 +16,6 @@ def need_extra(
     "Raise ModuleNotFoundError, with the command that installs `extra`, if one of its packages is missing"
     missing = [name for name in packages or (extra,) if find_spec(name) is None]
     if not missing: return
-    names, verb = " and ".join(missing), "is" if len(missing) == 1 else "are"
-    message = f"{names} {verb} not installed, and this part of gini_loss needs it: pip install 'gini_loss[{extra}]'"
-    raise ModuleNotFoundError(message, name=missing[0])
+    verb, them = ("is", "it") if len(missing) == 1 else ("are", "them")
+    problem = f"{' and '.join(missing)} {verb} not installed, and this part of gini_loss needs {them}"
+    raise ModuleNotFoundError(f"{problem}: pip install 'gini_loss[{extra}]'", name=missing[0])
