@@ -21,6 +21,7 @@ import argparse, json, os, subprocess, sys, tarfile, time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # the package need not be installed
 CUDA_TESTS = 'no_synchronisation_on_a_gpu or cuda_graph or a_gpu_gives_what_the_cpu_gives or mixed_precision_on_a_gpu or resumed_on_a_gpu'
 FAST = ['precision=bfloat16', 'channels_last=true']
 
@@ -47,7 +48,9 @@ class Piece:
             status = 'no time was left'
         else:
             with open(self.out / f'{name}.log', 'w') as log:
-                process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **env})
+                path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get('PYTHONPATH')]))
+                env = {**os.environ, 'PYTHONPATH': path, **env}
+                process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
                 try:
                     status = process.wait(seconds)
                 except subprocess.TimeoutExpired:
