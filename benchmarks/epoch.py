@@ -6,15 +6,15 @@ the time goes.
     python benchmarks/epoch.py --data synthetic --images 400 --bs 100 --width 8 --rounds 2      # seconds on a CPU
 
 The variants are float32, float32 without the two terms, bfloat16, channels_last, compile and these three together. On a
-GPU there is one more: bfloat16 and channels_last with the stages of the network recorded as CUDA graphs. All start from
-the same weights and see the same images in the same order. A round trains each variant for one epoch in turn, so a
+GPU there are two more: bfloat16 and channels_last with the stages of the network recorded as CUDA graphs, with the two
+terms and without. All start from the same weights and see the same images in the same order. A round trains each variant for one epoch in turn, so a
 change in the machine's load affects all of them. The first round (compilation, choice of algorithms) is not counted.
 
 The table shows for each variant: images per second of training and validation together (median, smallest, largest),
 the ratio to float32 within each round, the GPU memory that a step takes in addition to weights, optimizer and images,
 and the losses after the last round with their difference from float32. Then follows a profile of some steps of
-float32, and on a GPU of the last two variants: the most expensive operations (on a GPU: kernels), and how often a
-step waits for the device. The file of --out is written after each round, so a run that is stopped keeps its
+float32, and on a GPU of the two fastest variants with both terms: the most expensive operations (on a GPU: kernels), how
+often a step waits for the device, and the share of the time in which the GPU computes. The file of --out is written after each round, so a run that is stopped keeps its
 measurements.
 """
 
@@ -40,6 +40,7 @@ VARIANTS = {
     'compile': dict(compile=True),
     'all three': dict(precision='bfloat16', channels_last=True, compile=True),
     'CUDA graphs': dict(precision='bfloat16', channels_last=True),
+    'CUDA graphs, no terms': dict(precision='bfloat16', channels_last=True, loss='ce'),
 }
 COLUMNS = 'train_loss', 'train_gini', 'train_kl', 'valid_loss', 'valid_accuracy'
 
@@ -74,11 +75,10 @@ class Rounds:
         self.config, self.failed, self.seconds, self.memory = config, {}, {}, {}
         chosen = {k: v for k, v in VARIANTS.items() if not args.variants or k in args.variants}
         configs = {name: replace(config, **changes) for name, changes in chosen.items()}
-        graphs = 'CUDA graphs'
         if not args.device.startswith('cuda'):
-            configs.pop(graphs, None)
+            configs = {name: c for name, c in configs.items() if not name.startswith('CUDA')}
         self.learners = {
-            name: build_learner(c, loaders(c, args), cuda_graphs=name == graphs) for name, c in configs.items()
+            name: build_learner(c, loaders(c, args), cuda_graphs=name.startswith('CUDA')) for name, c in configs.items()
         }
         self.images = len(next(iter(self.learners.values())).dls.train.dataset)
 
@@ -187,6 +187,7 @@ def profile_steps(learn, steps):
     return dict(
         steps=few.n - 1,
         kernels_per_step=sum(e.count for e in timed) / n if cuda else None,
+        kernel_milliseconds_per_step=total / 1e3 / n if cuda else None,
         operations=operations,
         waits=waits,
     )
@@ -259,6 +260,9 @@ def show_profile(name, found):
     if found['kernels_per_step'] is None:
         return
     print('  waits for the device per step:', found['waits'] or 'none', f"; {found['kernels_per_step']:.0f} kernels")
+    print(
+        f"  kernels run for {found['kernel_milliseconds_per_step']:.2f} ms of a step's {found['milliseconds_per_step']:.2f}"
+    )
 
 
 def write(out, rows, path):
@@ -289,10 +293,13 @@ def one_network(arch, args, out):
         print(f'{name}: not measured, {why}')
     for variant in ('CUDA graphs', 'all three', 'float32'):
         wanted = variant == 'float32' or args.device.startswith('cuda')
-        if variant not in rounds.learners or not wanted or time.monotonic() > args.end:
+        row = next((r for r in rows if r['variant'] == variant), None)
+        if row is None or not wanted or time.monotonic() > args.end:
             continue
         name = arch if variant == 'float32' else f'{arch}, {variant}'
-        out['profiles'][name] = profile_steps(rounds.learners[variant], args.steps)
+        milliseconds = 1e3 * statistics.median(row['seconds']) * row['bs'] / row['images']
+        found = profile_steps(rounds.learners[variant], args.steps)
+        out['profiles'][name] = dict(milliseconds_per_step=milliseconds, **found)
         show_profile(name, out['profiles'][name])
     print()
     write(out, [], args.out)

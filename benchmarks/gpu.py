@@ -169,6 +169,7 @@ def one(piece, args):
         'float32',
         'without the terms',
         'CUDA graphs',
+        'CUDA graphs, no terms',
     ]
     if args.quick:
         epoch += ['--images', '400', '--bs', '100', '--width', '4']
