@@ -10,7 +10,7 @@ import re
 import sys
 
 from colab import install_cell
-from common import cells, cfg, root, text
+from common import as_json, cells, cfg, root, text
 
 from gini_loss.api import Entry, constants, is_described, overview, public_modules
 
@@ -136,8 +136,7 @@ def main():
     for path, now in wanted.items():
         is_current = path.exists() and without_lines(cells(path)) == without_lines(now)
         notebook = {"cells": now, "metadata": first["metadata"], "nbformat": 4, "nbformat_minor": 5}
-        content = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
-        if update(path, is_current, content, check):
+        if update(path, is_current, as_json(notebook), check):
             stale.append(path.name)
     for path in set(NBS.glob("60_api_*.ipynb")) - set(wanted):
         stale.append(path.name)

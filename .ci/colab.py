@@ -8,7 +8,7 @@ import json
 import re
 import sys
 
-from common import cfg, root, text
+from common import as_json, cfg, root, text
 
 ADDRESS = f"git+https://github.com/{cfg['user']}/{cfg['repo']}"
 START = re.compile(r"^#\| ?hide\nimport importlib\.util\nif importlib\.util\.find_spec\(\"gini_loss\"\) is None:")
@@ -17,7 +17,12 @@ NEEDS = {
     "plots": r"^(?:from|import) (?:matplotlib|seaborn|pandas|numpy)\b|gini_loss\.plots",
     "replication": r"^(?:from|import) (?:torchvision|scipy|sklearn|PIL)\b|gini_loss\.(?:datasets|loader|train|study|records|paper|stats|demo|config)\b",
 }
-OTHERS = {"lightning": "lightning", "transformers": "transformers accelerate", "accelerate": "accelerate", "timm": "timm"}
+OTHERS = {
+    "lightning": "lightning",
+    "transformers": "transformers accelerate",
+    "accelerate": "accelerate",
+    "timm": "timm",
+}
 
 
 def code_of(all_cells):
@@ -35,7 +40,9 @@ def extras(code):
 def install_cell(all_cells):
     code = code_of(all_cells)
     wanted = cfg["lib_name"] + (f"[{','.join(found)}]" if (found := extras(code)) else "")
-    others = "".join(f" {names}" for name, names in OTHERS.items() if re.search(rf"^(?:from|import) {name}\b", code, re.M))
+    others = "".join(
+        f" {names}" for name, names in OTHERS.items() if re.search(rf"^(?:from|import) {name}\b", code, re.M)
+    )
     return f'''#| hide
 import importlib.util
 if importlib.util.find_spec("gini_loss") is None:
@@ -61,7 +68,7 @@ def main():
         if "--check" in sys.argv:
             continue
         cell["source"] = now.splitlines(keepends=True)
-        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(as_json(notebook), encoding="utf-8")
     if "--check" in sys.argv and stale:
         sys.exit(f"out of date: {', '.join(stale)}; run `python .ci/colab.py`")
     print("install cells:", ", ".join(stale) + " written" if stale else "up to date")

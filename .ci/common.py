@@ -1,4 +1,4 @@
-"Shared by the scripts here: the repository's root, settings.ini, the title of a notebook, the address of its page."
+"Shared by the scripts here: the repository's root, settings.ini, the cells and the title of a notebook, its page."
 
 import json
 import re
@@ -18,6 +18,11 @@ def text(x):
 
 def cells(path):
     return json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+
+
+def as_json(notebook):
+    "The text of a notebook's file, as `nbdev_clean` leaves it"
+    return json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
 
 def title_and_subtitle(path):

@@ -8,7 +8,7 @@ import json
 import re
 import sys
 
-from common import root, text
+from common import as_json, root, text
 
 from gini_loss.widgets import figure_html
 
@@ -44,7 +44,7 @@ def main():
         stale.append(path.name)
         if "--check" in sys.argv:
             continue
-        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(as_json(notebook), encoding="utf-8")
     if "--check" in sys.argv and stale:
         sys.exit(f"interactive figures with an old script in {', '.join(stale)}; run `python .ci/widgets.py`")
     print("interactive figures:", ", ".join(stale) + " written" if stale else "up to date")

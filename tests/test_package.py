@@ -29,7 +29,7 @@ FILES = [
     'CHANGELOG.md',
     '_quarto.yml',
 ]
-FOLDERS = ['gini_loss', 'nbs', 'tests', 'results', 'benchmarks']
+FOLDERS = ['gini_loss', 'nbs', 'tests', 'results', 'benchmarks', '.ci', '.github']
 
 
 def settings():
@@ -84,11 +84,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert {'METADATA', 'WHEEL', 'RECORD', 'entry_points.txt'} <= info and any(n.endswith('LICENSE') for n in info)
 
 
-def test_the_sdist_holds_the_notebooks_and_what_setup_reads(built):
+def test_the_sdist_holds_the_notebooks_and_what_setup_and_the_tests_read(built):
     archive = tarfile.open(next(built.glob('*.tar.gz')))
     names = {name.split('/', 1)[1] for name in archive.getnames() if '/' in name}
     notebooks = {f'nbs/{path.name}' for path in (root / 'nbs').glob('*.ipynb')}
     assert notebooks <= names and {'settings.ini', 'CHANGELOG.md', '_quarto.yml'} <= names
+    assert {'.ci/common.py', '.github/workflows/test.yml'} <= names
     assert {f'tests/{path.name}' for path in (root / 'tests').glob('*.py')} <= names
     assert not [name for name in names if '__pycache__' in name or name.endswith('.pyc')]
 

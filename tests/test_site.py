@@ -226,8 +226,9 @@ def test_a_table_of_arguments_is_marked_for_phones(page):
     assert [td.text[:1] for td in page.find_elements("css selector", "#arguments td.words")] == ["a"]
 
 
-def test_a_figure_enlarges_and_closes_with_the_keyboard(page):
-    page.find_element("css selector", "img[alt='a figure']").send_keys("\ue007")
+@pytest.mark.parametrize("key", ["\ue007", " "], ids=["Enter", "Space"])
+def test_a_figure_enlarges_and_closes_with_the_keyboard(page, key):
+    page.find_element("css selector", "img[alt='a figure']").send_keys(key)
     dialog = page.find_element("css selector", "dialog.enlarged[open]")
     assert dialog.get_attribute("aria-label") == "a figure"
     page.switch_to.active_element.send_keys("\ue00c")
@@ -357,6 +358,20 @@ def test_every_public_name_has_an_entry_with_its_own_heading():
         ]
         wanted = [name for name in module.__all__ if is_described(getattr(module, name))]
         assert headings == wanted, f"{page.name}: run `python .ci/api.py`"
+
+
+def test_a_page_that_a_script_writes_is_left_alone_by_nbdev_clean(tmp_path, monkeypatch):
+    clean = pytest.importorskip("nbdev.clean")
+    monkeypatch.syspath_prepend(ROOT / ".ci")
+    from common import as_json
+
+    source = json.loads((NBS / "60_api_extras.ipynb").read_text(encoding="utf-8"))
+    page = {name: source[name] for name in sorted(source, reverse=True)}
+    page["cells"] = [{name: cell[name] for name in sorted(cell, reverse=True)} for cell in source["cells"]]
+    path = tmp_path / "page.ipynb"
+    path.write_text(as_json(page), encoding="utf-8")
+    clean.process_write(False, clean.clean_nb, path, path)
+    assert path.read_text(encoding="utf-8") == as_json(page)
 
 
 def test_signatures_are_real_and_no_column_is_without_a_heading():
