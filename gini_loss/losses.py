@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from .fused import mean_rectified
 from .ranks import Ranks
-from .targets import (check_activations, check_class_count, check_class_means, check_class_prior, check_class_probs,
-    check_finite, check_pooled, check_settings, check_weight, in_double, label_matrix, restrict_prior)
+from gini_loss.targets import (check_activations, check_class_count, check_class_means, check_class_prior, check_class_probs,
+    check_finite, check_pooled, check_reverse, check_settings, check_weight, gradient_at, in_double, label_matrix,
+    restrict_prior)
 
 # %% ../nbs/01_activations.ipynb #8ca1c491
 def pool(
@@ -115,7 +116,7 @@ FLOOR = 1e-10 # smallest H^S in the reversed divergence, as in the authors' code
 
 def kl_divergence(h_S: torch.Tensor, h_Y: torch.Tensor, reverse: bool = False) -> torch.Tensor:
     "KL(H^S, H^Y), or reversed KL(H^Y, H^S), a scalar in nats: Eq. 5. 0 if H^S is zero everywhere"
-    p, q, least = (h_Y, h_S, FLOOR) if reverse else (h_S, h_Y, torch.finfo(h_Y.dtype).tiny)
+    p, q, least = (h_Y, h_S, FLOOR) if check_reverse(reverse) else (h_S, h_Y, torch.finfo(h_Y.dtype).tiny)
     used = ~(p <= 0) & (h_S.sum() != 0)                             # 0 log 0 = 0; a NaN stays NaN
     p, q = torch.where(used, p, 1), torch.where(used, q.clamp(min=least), 1)
     return (p * (p / q).log()).sum()
@@ -125,8 +126,8 @@ def kl_loss(
     A: torch.Tensor, # activations, floating point: maps (m, c, h, w) or features (m, c)
     y: torch.Tensor, # targets: labels (m,) int64, or one-hot, soft or multi-hot (m, n) float
     reverse: bool = False, # False: KL(H^S, H^Y) as printed in Eq. 5; True: KL(H^Y, H^S) as in the authors' code
-    rectify: str = 'abs', n_classes: int | None = None, channel_dim: int = 1, # as in `GiniKLLoss`
-    ignore_index: int = -100, class_prior: Any = None, # as in `GiniKLLoss`
+    class_prior: Any = None, rectify: str = 'abs', n_classes: int | None = None, # as in `GiniKLLoss`
+    channel_dim: int = 1, ignore_index: int = -100, # as in `GiniKLLoss`
 ) -> torch.Tensor: # scalar
     "Divergence between the histograms of the channels and of the labels, a scalar in nats: Eq. 5"
     M = pool(A, rectify, channel_dim)
@@ -163,7 +164,7 @@ class GiniKLLoss(nn.Module):
         self.lambda_gini = check_weight(lambda_gini, "lambda_gini")
         self.lambda_kl = check_weight(lambda_kl, "lambda_kl")
         self.rectify, self.channel_dim = check_settings(rectify, channel_dim)
-        self.reverse_kl, self.ignore_index = reverse_kl, ignore_index
+        self.reverse_kl, self.ignore_index = check_reverse(reverse_kl), ignore_index
         self.n_classes, self.class_prior = check_class_count(n_classes), check_class_prior(class_prior, n_classes)
         if self.class_prior is not None: self.n_classes = len(self.class_prior)
         self.check_finite, self.distributed = check_finite, distributed
@@ -207,6 +208,7 @@ class Pull(NamedTuple):
     gini: float # of L_Gini, unweighted
     kl: float # of L_KL, unweighted
 
+@torch.enable_grad()
 def pull(
     A: torch.Tensor, # activations from which `loss` was computed, with their graph
     y: torch.Tensor, # targets: labels (m,) int64, or one-hot, soft or multi-hot (m, n) float
@@ -215,10 +217,9 @@ def pull(
     **options: Any, # of `GiniKLLoss`
 ) -> Pull:
     "Norms of the gradients of the main loss and of each unweighted term with respect to the activations, as `Pull`"
-    main, = torch.autograd.grad(loss, A, retain_graph=True)
     leaf = in_double(A.detach()).requires_grad_()           # half precision would lose small gradients
     gini, kl = GiniKLLoss(**options).terms(leaf, y, mask)   # of all processes; `loss` is of this one
-    gradients = [main, *(torch.autograd.grad(term, leaf, retain_graph=True)[0] for term in (gini, kl))]
+    gradients = gradient_at(A, loss), gradient_at(leaf, gini), gradient_at(leaf, kl)
     return Pull(*(in_double(g).norm().item() for g in gradients))
 
 # %% ../nbs/05_total_loss.ipynb #98aaa0a5
@@ -246,6 +247,5 @@ def diagnostics(
     M = pool(A, rectify, channel_dim)
     P = class_probs(class_means(M, y, n_classes, ignore_index))
     h_S, h_Y = feature_histogram(P), label_histogram(y, n_classes, ignore_index)
-    loss = GiniKLLoss(.5, .5, rectify, reverse_kl, n_classes, ignore_index=ignore_index, distributed=False)
-    gini, kl = loss.terms(M, y)
+    gini, kl = GiniKLLoss(.5, .5, rectify, reverse_kl, n_classes, 1, ignore_index, distributed=False).terms(M, y)
     return Diagnostics(P, gini_impurity(P), P.sum(1) == 0, h_S, h_Y, gini.item(), kl.item())

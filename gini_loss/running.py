@@ -6,6 +6,7 @@
 __all__ = ['RunningGiniKLLoss', 'share_of']
 
 # %% ../nbs/13_small_batches.ipynb #bd0cc09e
+import warnings
 from typing import Any
 import torch
 from .losses import GiniKLLoss, Measured
@@ -68,7 +69,7 @@ class RunningGiniKLLoss(GiniKLLoss):
     # Not buffers: averages of weights (EMA, SWA) would change them, and the size is unknown before the first batch
     def get_extra_state(self) -> torch.Tensor:
         "A scalar, which averages of state dicts can average: a view of the whole state, which torch.save saves"
-        sizes = self.means.new_tensor([0, *self.means.shape])
+        sizes = self.means.new_tensor([self.mass.numel() > 0, *self.means.shape])
         return torch.cat([sizes, self.mass, self.means.flatten()])[0]
 
     def set_extra_state(self, state: torch.Tensor) -> None:
@@ -76,12 +77,16 @@ class RunningGiniKLLoss(GiniKLLoss):
         storage = state.untyped_storage()
         packed = state.new_empty(0).set_(storage, 0, (storage.nbytes() // state.element_size(),)).to(self.means.device)
         c, n = map(int, packed[1:3].tolist()) if len(packed) > 2 else (0, 0)
+        if state.item() and not n:
+            warnings.warn("the averages of RunningGiniKLLoss are not in this state dict and start anew: torch.save and"
+                          " copy.deepcopy keep them, other formats and copies of each tensor do not", stacklevel=2)
         self.mass = packed[3:3 + n].clone()
         self.means = packed[3 + n:3 + n + c*n].reshape(c, n).clone()
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self.means, self.mass = fn(self.means), fn(self.mass)
+        # to the device, but not to half precision, which could not hold the sizes in the state
+        self.means, self.mass = fn(self.means).to(self.means.dtype), fn(self.mass).to(self.mass.dtype)
         return self
 
     def extra_repr(self) -> str: return f"{super().extra_repr()}, n_batches={self.n_batches}"

@@ -18,12 +18,14 @@ from gini_loss.losses import (
     kl_loss,
     label_histogram,
     pool,
+    pull,
 )
 from gini_loss.targets import MixedTargets
 
 # ---- Invalid input: each kind has its own message ----
 
 A4, Y4, SOFT = torch.rand(4, 3), torch.tensor([0, 1, 2, 0]), torch.eye(3)[[0, 1, 2, 0]]
+LEAF = torch.rand(4, 3, requires_grad=True)
 BAD = {
     'label below 0': (
         lambda: GiniKLLoss()(A4, torch.tensor([0, -1, 2, 0])),
@@ -100,6 +102,17 @@ BAD = {
         lambda: GiniKLLoss()(A4, MixedTargets(Y4[:3], Y4[:3], 0.5)),
         ValueError,
         r"3 targets for 4 rows",
+    ),
+    'fewer other labels': (
+        lambda: MixedTargets(Y4, Y4[:3], 0.5),
+        ValueError,
+        r"one label and one other label, got shapes \(4,\) and \(3,\)",
+    ),
+    'mixed lists': (lambda: MixedTargets([0, 1], [1, 0], 0.5), TypeError, r"labels must be a torch.Tensor, got list"),
+    'shares of fewer images': (
+        lambda: MixedTargets(Y4, Y4, torch.rand(3)),
+        ValueError,
+        r"lam must be one share, or one for each of the 4 images, got 3",
     ),
     'soft below 0': (
         lambda: GiniKLLoss()(A4, SOFT - 0.1),
@@ -188,6 +201,12 @@ BAD = {
         r"rectify='square' is not known: use 'abs', 'relu' or 'none'",
     ),
     'rectify in a function': (lambda: gini_loss(A4, Y4, rectify='square'), ValueError, r"use 'abs', 'relu' or 'none'"),
+    'rectify in place of reverse': (
+        lambda: kl_loss(A4, Y4, 'relu'),
+        TypeError,
+        r"must be True \(reversed\) or False, got 'relu': pass the other settings by name",
+    ),
+    'n_classes in place of reverse_kl': (lambda: GiniKLLoss(0.5, 0.5, 'abs', 10), TypeError, r"got 10"),
     'lambda_gini below 0': (
         lambda: GiniKLLoss(-0.1),
         ValueError,
@@ -243,6 +262,22 @@ BAD = {
     ),
     'label_histogram of a bad label': (lambda: label_histogram(Y4, 2), ValueError, r"label 2 is not below n_classes=2"),
     'label_histogram of floats': (lambda: label_histogram(Y4.float()), TypeError, r"must be int64"),
+    'pull of a detached layer': (
+        lambda: pull(A4, Y4, A4.sum()),
+        ValueError,
+        r"loss was not computed from these activations: pass the layer's output itself",
+    ),
+    'pull of another forward pass': (
+        lambda: pull(LEAF * 2, Y4, (LEAF * 2).sum()),
+        ValueError,
+        r"loss was not computed from these activations",
+    ),
+    'pull of a loss per image': (
+        lambda: pull(LEAF, Y4, LEAF.sum(1)),
+        ValueError,
+        r"loss must be a scalar tensor, got shape \(4,\): call \.mean\(\)",
+    ),
+    'pull of a number': (lambda: pull(LEAF, Y4, 1.0), ValueError, r"loss must be a scalar tensor, got float"),
     'diagnostics of a bad label': (lambda: diagnostics(A4, Y4, 2), ValueError, r"label 2 is not below n_classes=2"),
 }
 
@@ -252,6 +287,18 @@ def test_bad_input_has_its_own_message(name):
     call, kind, message = BAD[name]
     with pytest.raises(kind, match=message):
         call()
+
+
+@pytest.mark.parametrize('y', [Y4, SOFT, MixedTargets(Y4, Y4, 0.5)], ids=['labels', 'soft', 'mixed'])
+@pytest.mark.parametrize('rectify', ['abs', 'relu', 'none'])
+def test_tensors_without_values(y, rectify):
+    "On the meta device there is nothing to check, and shapes come out"
+    A = torch.rand(4, 3, 2, 2, device='meta', requires_grad=True)
+    y = MixedTargets(y.labels.to('meta'), y.others.to('meta'), 0.5) if isinstance(y, MixedTargets) else y.to('meta')
+    mask = torch.ones(4, 2, 2, dtype=torch.bool, device='meta')
+    loss = GiniKLLoss(rectify=rectify, class_prior=[1, 2, 3])(A, y, mask)
+    loss.backward()
+    assert loss.is_meta and loss.shape == () and A.grad.shape == A.shape
 
 
 def test_targets_and_activations_on_two_devices():
@@ -419,9 +466,9 @@ def test_bad_priors_are_told_at_construction(name):
 
 @pytest.mark.parametrize('y', [Y4, SOFT, MixedTargets(Y4, Y4.flip(0), 0.5)], ids=['labels', 'soft', 'mixed'])
 def test_a_prior_of_zero_for_a_class_of_the_batch(y):
-    with pytest.raises(ValueError, match="class_prior is 0 for class 2, but the batch has images of it"):
+    with pytest.raises(ValueError, match="class_prior has no share for class 2, but the batch has images of it"):
         GiniKLLoss(class_prior=[0.5, 0.5, 0])(A4, y)
-    with pytest.raises(ValueError, match="class_prior (has 4 entries|is 0 for class 2)"):
+    with pytest.raises(ValueError, match="class_prior has (4 entries|no share for class 2)"):
         kl_loss(A4, y, class_prior=[0.3, 0.3, 0, 0.4])
 
 

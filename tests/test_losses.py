@@ -102,6 +102,16 @@ def test_compiled_with_fullgraph(kwargs, soft):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize('soft', [False, True])
+def test_exported_with_a_batch_of_any_size(soft):
+    "The batch dimension stays dynamic"
+    A, y = torch.rand(6, 4, 3, 3), torch.rand(6, 3).softmax(1) if soft else torch.arange(6) % 3
+    size = torch.export.Dim('size', min=2)
+    exported = torch.export.export(GiniKLLoss(), (A, y), dynamic_shapes=({0: size}, {0: size})).module()
+    twice = torch.cat([A, A.flip(1)]), torch.cat([y, y])
+    torch.testing.assert_close(exported(*twice), GiniKLLoss()(*twice))
+
+
 @pytest.mark.parametrize('bad', ['nan', 'label too large', 'label below 0', 'negative', 'soft'])
 def test_compiled_checks_are_not_lost(bad):
     torch._dynamo.reset()

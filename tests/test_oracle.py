@@ -542,6 +542,15 @@ def test_pull_is_the_norm_of_each_gradient(dtype):
     assert p._fields == ('main', 'gini', 'kl') and p == pytest.approx((expected, gini, kl), rel=1e-12)
 
 
+def test_pull_where_gradients_are_off():
+    "As in code that logs: the graph of the main loss is there, and that of the terms is made"
+    A, y = torch.rand(6, 4, requires_grad=True), torch.arange(6) % 3
+    main = A.square().sum()
+    expected = pull(A, y, main)
+    with torch.no_grad():
+        assert pull(A, y, main) == expected and not torch.is_grad_enabled()
+
+
 # ---- Masked positions ----
 
 
@@ -572,3 +581,4 @@ def test_padding_does_not_matter():
     for make in (GiniKLLoss, lambda: RunningGiniKLLoss(n_classes=3)):
         for got, expected in zip(make().terms(padded, y, mask), make().terms(A, y)):
             torch.testing.assert_close(got, expected)
+    assert GiniKLLoss()(padded[:0], y[:0], mask[:0]) == 0  # a process without images

@@ -6,7 +6,8 @@ import pytest
 import torch
 from oracle import terms_and_gradients
 
-from gini_loss.losses import GiniKLLoss, class_means, class_probs, gini_loss, kl_loss, pool
+from gini_loss.losses import GiniKLLoss, class_means, class_probs, gini_loss, kl_loss, label_histogram, pool
+from gini_loss.targets import MixedTargets
 
 # ---- Precision ----
 
@@ -107,6 +108,38 @@ def test_soft_targets_of_another_precision_do_not_change_the_result_type():
     for t in (y.double(), y.half(), y.bfloat16()):
         assert gini_loss(A, t).dtype == kl_loss(A, t).dtype == torch.float32
     assert gini_loss(A.double(), y).dtype == torch.float64
+
+
+def test_masked_means_in_double_precision():
+    "The share of the positions that count is as precise as the activations"
+    A, mask = torch.rand(3, 7, 2, dtype=torch.float64), torch.arange(7) < torch.tensor([3, 6, 5])[:, None]
+    expected = torch.stack([a[k].mean(0) for a, k in zip(A, mask)])
+    torch.testing.assert_close(pool(A, channel_dim=-1, mask=mask), expected, rtol=1e-14, atol=0)
+
+
+@pytest.fixture
+def half_by_default():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_the_default_dtype_does_not_matter(half_by_default):
+    "Shares of positions and of mixed labels are not rounded to it"
+    A, mask = torch.rand(3, 7, 2, dtype=torch.float32), torch.arange(7) < torch.tensor([3, 6, 5])[:, None]
+    expected = torch.stack([a[k].mean(0) for a, k in zip(A, mask)])
+    torch.testing.assert_close(pool(A, channel_dim=-1, mask=mask), expected, rtol=1e-6, atol=0)
+    y = torch.tensor([0, 1, 2])
+    mass = label_histogram(MixedTargets(y, torch.zeros_like(y), 0.3))
+    torch.testing.assert_close(mass, torch.tensor([0.8, 0.1, 0.1], dtype=torch.float32), rtol=1e-6, atol=0)
+
+
+def test_mixed_labels_in_double_precision():
+    "A share that is a number of Python's has its precision"
+    A, y = torch.rand(4, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    dense = 0.3 * torch.eye(3, dtype=torch.float64)[y] + 0.7 * torch.eye(3, dtype=torch.float64)[y.flip(0)]
+    got, expected = GiniKLLoss().terms(A, MixedTargets(y, y.flip(0), 0.3)), GiniKLLoss().terms(A, dense)
+    torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-15)
 
 
 # ---- Large features ----

@@ -5,6 +5,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -170,6 +171,30 @@ def test_state_is_saved_moved_and_forgotten():
     again.reset()
     assert torch.equal(again(*data[5]), RunningGiniKLLoss(n_classes=3)(*data[5]))
     assert not list(loss.parameters()) and 'n_batches=4' in repr(loss)
+
+
+@pytest.mark.parametrize('copy_of', [torch.clone, torch.Tensor.double], ids=['clone', 'double'])
+def test_a_copy_of_the_state_without_the_averages_is_told(copy_of):
+    "Each tensor of a state dict copied for itself: the averages are not in it. A state before the first batch has none"
+    loss = RunningGiniKLLoss(n_classes=3)
+    again = copy.deepcopy(loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        again.load_state_dict({k: copy_of(v) for k, v in loss.state_dict().items()})
+    loss(*batches(dtype=torch.float32)[0])
+    with pytest.warns(UserWarning, match="averages .* are not in this state dict.*torch.save and copy.deepcopy keep"):
+        again.load_state_dict({k: copy_of(v) for k, v in loss.state_dict().items()})
+    assert again.means.numel() == 0
+
+
+@pytest.mark.parametrize('c, n', [(515, 3), (4, 5001)])
+@pytest.mark.parametrize('convert', [nn.Module.half, nn.Module.bfloat16])
+def test_the_state_of_a_module_in_half_precision(c, n, convert):
+    "Sizes that half precision cannot hold come back as they were"
+    loss, again = RunningGiniKLLoss(n_classes=n), RunningGiniKLLoss(n_classes=n)
+    loss(torch.rand(4, c), torch.tensor([0, 1, 2, n - 1]))
+    again.load_state_dict(convert(loss).state_dict())
+    assert again.means.shape == (c, n) and torch.equal(again.means, loss.means) and torch.equal(again.mass, loss.mass)
 
 
 def test_looking_does_not_remember_and_nothing_holds_the_graph():
