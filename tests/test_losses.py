@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracle import terms_and_gradients
 
-from gini_loss.losses import GiniKLLoss, diagnostics, gini_loss
+from gini_loss.losses import GiniKLLoss, class_probs, diagnostics, gini_loss, kl_loss
 
 # ---- Layouts, subclasses, compilation, copies ----
 
@@ -149,3 +149,20 @@ def test_works_without_gradients():
     with torch.inference_mode():
         b = GiniKLLoss()(A, y)
     assert not a.requires_grad and torch.equal(a, b)
+
+
+# ---- Promises of a docstring ----
+
+
+@pytest.mark.parametrize('total, dead', [(1e-26, True), (1.1e-26, False)])
+def test_a_channel_is_dead_whose_class_means_sum_to_1e_26_or_less(total, dead):
+    P = class_probs(torch.tensor([[total, 0.0]], dtype=torch.float64))
+    assert P.tolist() == ([[0, 0]] if dead else [[1, 0]])
+
+
+@pytest.mark.parametrize('reverse', [False, True])
+def test_diagnostics_have_the_divergence_in_the_direction_that_was_asked_for(reverse):
+    A, y = torch.rand(8, 5), torch.arange(8) % 3
+    found = diagnostics(A, y, reverse_kl=reverse).kl
+    assert found == pytest.approx(kl_loss(A, y, reverse=reverse).item())
+    assert found != pytest.approx(kl_loss(A, y, reverse=not reverse).item(), rel=1e-3)

@@ -414,7 +414,7 @@ def test_text_links_and_code_stand_out(mode):
     grounds = {
         'body-bg': ('body-color', 'text-muted', 'link-color'),
         'code-bg': ('code-color', 'link-color'),
-        'code-block-bg': ('body-color',),
+        'code-block-bg': ('body-color', 'code-comment'),
     }
     pairs = {(name, ground): theme[name] for ground, names in grounds.items() for name in names}
     pairs |= {(color, 'code-block-bg'): color for color in HIGHLIGHTING[mode].split()}

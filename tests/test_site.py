@@ -342,6 +342,57 @@ def test_code_that_draws_by_hand_is_folded(tidy):
     assert "code-fold" not in tidy(PICTURE.replace("subplots", "other").replace("ax.", "b."))
 
 
+# ---------------------------------------------------------------- after_render.lua, by pandoc
+
+RENDERED = """<link href="dark.css" class="quarto-color-scheme quarto-color-alternate" id="quarto-bootstrap">
+<script src="https://cdnjs.cloudflare.com/ajax/libs/require.js/2.3.6/require.min.js" integrity="sha512-c3" crossorigin></script>
+<script src="https://cdnjs.cloudflare.com/ajax/libs/jquery/3.5.1/jquery.min.js" integrity="sha384-ZvpUoO"></script>
+<script type="application/javascript">define('jquery', [],function() {return window.jQuery;})</script>
+<script src="https://cdnjs.cloudflare.com/polyfill/v3/polyfill.min.js?features=es6"></script>
+<script src="https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-chtml-full.js" type="text/javascript"></script>
+"""
+
+
+@pytest.fixture
+def after_render(tmp_path):
+    "Runs the script on a rendered page and an index of the search, and returns both"
+    pandoc = shutil.which("pandoc")
+    if pandoc is None:
+        pytest.skip("pandoc is not installed")
+
+    def run(page, index=None):
+        (tmp_path / "page.html").write_text(page, encoding="utf-8")
+        if index is not None:
+            (tmp_path / "search.json").write_text(json.dumps(index), encoding="utf-8")
+        env = {**os.environ, "QUARTO_PROJECT_OUTPUT_FILES": "page.html\n", "QUARTO_PROJECT_OUTPUT_DIR": str(tmp_path)}
+        done = subprocess.run(
+            [pandoc, "--lua-filter", str(NBS / "after_render.lua")], input="", env=env, cwd=tmp_path, text=True
+        )
+        assert done.returncode == 0
+        found = None if index is None else json.loads((tmp_path / "search.json").read_text(encoding="utf-8"))
+        return (tmp_path / "page.html").read_text(encoding="utf-8"), found
+
+    return run
+
+
+def test_a_page_loads_no_script_from_elsewhere_but_for_maths(after_render):
+    page, _ = after_render(RENDERED)
+    assert re.findall(r'src="https://([^/]+)', page) == ["cdn.jsdelivr.net"] and "define(" not in page
+    assert 'media="(scripting: enabled)" class="quarto-color-scheme quarto-color-alternate" id' in page
+
+
+def test_the_search_finds_the_entry_of_a_name_first(after_render):
+    version = (
+        subprocess.run(["pandoc", "--version"], capture_output=True, text=True).stdout if shutil.which("pandoc") else ""
+    )
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < (3, 1, 1):
+        pytest.skip("this pandoc has no pandoc.json")
+    pages = ["tap.html", "api.html#x", "api_train.html#x", "api_tap.html#x", "api_losses.html", "index.html"]
+    _, found = after_render("", [{"href": href, "text": "x"} for href in pages])
+    expected = ["api_tap.html#x", "api_losses.html", "api.html#x", "api_train.html#x", "tap.html", "index.html"]
+    assert [entry["href"] for entry in found] == expected
+
+
 # ---------------------------------------------------------------- the API's pages
 
 
