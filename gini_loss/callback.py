@@ -216,6 +216,9 @@ def _check_prior(class_prior, n_classes):
     elif class_prior not in ('batch', 'train'):
         raise ValueError(f"class_prior={class_prior!r} is not known: use 'batch', 'train' or a tensor (n,)")
 
+_NO_GRADIENT = ("its output has no gradient, so the terms have no effect: all that comes before it is frozen or detached:"
+                " unfreeze it, or name a later layer")
+
 def _check_function(f, name, of):
     if f is None or callable(f): return
     raise TypeError(f"{name} must be a function, got {type(f).__name__}: pass a function of {of}")
@@ -411,6 +414,7 @@ class GiniLossCallback(Callback):
         on = self._is_on(layer)
         with torch.set_grad_enabled(on): measured = layer.measure(A if on else A.detach(), y, mask)
         layer.seen.add(measured, len(y), self.learn.iter)
+        if on and not A.requires_grad and not self._quiet(): self._warn_once(layer, 'no gradient', _NO_GRADIENT)
         return sum(w*t for w, t in zip(layer.weights, measured) if w) if on else None
 
     def _measure_pulls(self, taken, y, mask):

@@ -103,6 +103,13 @@ def _check_model(model):
         raise TypeError("this model was made by torch.jit.script or torch.jit.trace, and its compiled code"
                         " never calls forward hooks: pass the model that it was made from")
 
+def _check_runs(name, module):
+    "Raise if the layer only holds others, as a `ModuleList` does"
+    if type(module).forward is not nn.Module.forward or 'forward' in vars(module): return
+    last = next(reversed(module._modules), None)
+    instead = "tap another layer" if last is None else f"tap one of those that it holds, such as {f'{name}.{last}'!r}"
+    raise TypeError(f"layer {name!r} is a {type(module).__name__}, which never runs itself: {instead}")
+
 def _check_calls(name, modules):
     "Raise if `name` is in a part of the model that runs as compiled code, or as a graph that does not call it"
     parts = name.split('.')
@@ -134,6 +141,7 @@ def find_layer(
     elif isinstance(layer, str): name = _find_name(layer, modules, added, kind)
     else: raise TypeError(f"layer must be a dotted name, a module or None, got {type(layer).__name__}")
     _check_calls(name, modules)
+    _check_runs(name, modules[name])
     return name, modules[name]
 
 # %% ../nbs/10_tap.ipynb #f92afad2
@@ -145,13 +153,13 @@ def _has_parameters(module): return next(module.parameters(), None) is not None
 def _has_own_parameters(module): return next(module.parameters(recurse=False), None) is not None
 
 def _is_head(name, module, inside=False):
-    "Is this (part of) a classifier: pooling, flatten, dropout, linear, a container of these, or named like one?"
+    "Is this (part of) a classifier: pooling, flatten, dropout, linear, loss, a container of these, or named like one?"
     kind = type(module).__name__
     if isinstance(module, nn.Sequential) and len(module):
         if all(_is_head(n, m, inside=True) for n, m in module.named_children()): return True
     if inside and (isinstance(module, _IN_HEAD) or not _has_parameters(module)): return True
     if isinstance(module, _HEAD) or name in _HEAD_NAMES: return True
-    return 'Pool' in kind or 'Flatten' in kind or 'Classifier' in kind or kind.endswith('Head')
+    return 'Pool' in kind or 'Flatten' in kind or 'Classifier' in kind or kind.endswith(('Head', 'Loss'))
 
 def _ends_in_linear(module):
     "Is a `Linear` the last part with parameters?"
@@ -177,13 +185,15 @@ def _within(model, name, module):
     inner = _before_classifier(module)
     return inner and f'{name}.{inner}'
 
+# what they call their stages and the parts that hold them; a decoder comes after an encoder
+_STAGES_OF_TRANSFORMERS = 'decoder', 'encoder', 'transformer', 'stages', 'layers', 'layer', 'blocks', 'block', 'h'
+
 def _of_transformers(model): return hasattr(getattr(model, 'config', None), 'model_type')
 
 def _list_of_stages(name, module):
     "The list of stages inside a model of transformers, whose outer parts return records instead of tensors"
     while not isinstance(module, nn.ModuleList):
-        names = 'encoder', 'stages', 'layers', 'layer', 'blocks'
-        inner = next((k for k in names if isinstance(getattr(module, k, None), nn.Module)), None)
+        inner = next((k for k in _STAGES_OF_TRANSFORMERS if isinstance(getattr(module, k, None), nn.Module)), None)
         if inner is None: break
         name, module = f'{name}.{inner}', _unwrap(getattr(module, inner))
     return name, module
@@ -198,8 +208,8 @@ def _named_by_model(model):
 
 def _listed_by_timm(model):
     stages = getattr(model, 'feature_info', None)
-    name = stages[-1].get('module') if stages else None
-    return name if name in dict(model.named_modules()) else None
+    name, modules = stages[-1].get('module') if stages else None, dict(model.named_modules())
+    return _last_of(name, modules[name]) if name in modules else None
 
 def _called_a_stage(model):
     if isinstance(model, _LISTS) or _of_transformers(model): return None
@@ -217,16 +227,21 @@ def _has_classifier_outside(stage, children):
     return any(n in behind or _is_head(n, children[n]) for n in others)
 
 # %% ../nbs/10_tap.ipynb #3348a8d2
-def _is_squashing(parts):
-    "Is the last part a sigmoid or the like, after a classifier?"
-    return len(parts) > 1 and not _has_parameters(parts[-1][1]) and _ends_in_linear(parts[-2][1])
+def _is_behind_classifier(parts):
+    "Is the last part one without parameters, such as a sigmoid, a loss or a metric, after a classifier?"
+    if _has_parameters(parts[-1][1]): return False
+    last = next((m for _, m in reversed(parts) if _has_parameters(m)), None)
+    return last is not None and _ends_in_linear(last)
 
 def _in_front_of_the_head(model):
     rest, classifier = _children(model), False
-    while rest and (_is_head(*rest[-1]) or not classifier and _is_squashing(rest)):
+    while rest and (_is_head(*rest[-1]) or not classifier and _is_behind_classifier(rest)):
         classifier |= _has_parameters(rest.pop()[1])
     if not rest: return None
-    if _of_transformers(model): return _last_of(*_list_of_stages(*rest[-1]))
+    if _of_transformers(model):
+        name, module = rest[-1]
+        of_timm = _listed_by_timm(module)
+        return f'{name}.{of_timm}' if of_timm else _last_of(*_list_of_stages(name, module))
     return _last_of(*rest[-1]) if classifier else _within(model, *rest[-1])
 
 def _last_but_one(model):

@@ -130,7 +130,7 @@ def test_no_false_alarm_where_nothing_tells(loud):
             return x.reshape(len(x), 4, 12, 4)
 
     net = nn.Sequential(Odd(), nn.Flatten(), nn.Linear(192, 4))
-    fit(get_learner(GiniLossCallback('0', start_epoch=0, channel_dim=3), net=net))
+    fit(get_learner(GiniLossCallback('0', 0, 0, start_epoch=0, channel_dim=3), net=net))
 
 
 @pytest.mark.parametrize('n', [-7, 0, 'x', 2.5, True])
@@ -344,6 +344,41 @@ def test_the_pull_in_half_precision_and_on_layers_that_do_not_learn():
         p.requires_grad_(False)
     fit(frozen)
     assert np.isnan(pulls(frozen)).all()
+
+
+# ---- Layers without a gradient ----
+
+
+class Detached(nn.Module):
+    def forward(self, x):
+        return x.detach()
+
+
+def frozen(*cbs):
+    learn = get_learner(*cbs)
+    for p in learn.model[:4].parameters():
+        p.requires_grad_(False)
+    return learn
+
+
+def detached(*cbs):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), Detached(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    return get_learner(*cbs, net=net)
+
+
+@pytest.mark.parametrize('make, layer', [(frozen, '3'), (detached, '1')])
+def test_terms_that_train_nothing_are_told_once(make, layer):
+    with pytest.warns(UserWarning, match=f"layer '{layer}', epoch 1: its output has no gradient") as told:
+        fit(make(GiniLossCallback(layer, start_epoch=1)), 3)
+    assert sum('no gradient' in str(w.message) for w in told) == 1
+
+
+@pytest.mark.parametrize('options', [dict(start_epoch=9), dict(lambda_gini=0, lambda_kl=0, start_epoch=0)], ids=str)
+def test_a_frozen_layer_is_fine_where_the_terms_are_not_trained_on(options):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        fit(frozen(GiniLossCallback('3', **options)), 2)
+    assert not any('no gradient' in str(w.message) for w in told)
 
 
 # ---- The class prior ----

@@ -214,6 +214,15 @@ OWN = {
     'a perceptron without activations': (lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 3)), '0'),
     'layers in a list': (lambda: parts(layers=nn.ModuleList([nn.Linear(4, 8), nn.Linear(8, 3)])), 'layers.0'),
     'a sigmoid behind the classifier': (lambda: mlp(nn.Sigmoid()), '2'),
+    'activations registered behind the classifier': (
+        lambda: parts(body=body(), fc=nn.Linear(8, 3), relu=nn.ReLU(), squash=nn.Sigmoid()),
+        'body',
+    ),
+    'a network in a module with its losses': (
+        lambda: parts(net=torchvision.models.resnet18(), loss=nn.CrossEntropyLoss(), aux=GiniKLLoss()),
+        'net.layer4',
+    ),
+    'maps for logits, and a loss': (lambda: parts(stem=body(), last=body(), loss=nn.NLLLoss()), 'last'),
     'a convolutional network within': (
         lambda: parts(net=nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))),
         'net.1',
@@ -390,6 +399,7 @@ TIMM = {
     'mobilenetv3_small_100': (64, 'blocks.5', 576, 1),
     'vit_tiny_patch16_224': (32, 'blocks.11', 192, 2),
     'swin_tiny_patch4_window7_224': (32, 'layers.3', 768, 3),
+    'coat_lite_tiny': (32, 'serial_blocks4.1', 320, 2),
 }
 
 
@@ -397,5 +407,5 @@ TIMM = {
 def test_timm(name):
     timm = pytest.importorskip('timm', reason="timm is not installed")
     size, *rest = TIMM[name]
-    kwargs = dict(img_size=size) if name.startswith(('vit', 'swin')) else {}
+    kwargs = dict(img_size=size) if name.startswith(('vit', 'swin', 'coat')) else {}
     check(timm.create_model(name, pretrained=False, num_classes=N, **kwargs), size, *rest)

@@ -397,6 +397,18 @@ def test_every_name_of_a_module_works():
     assert find_layer(net, net.right)[0] == 'left'
 
 
+@pytest.mark.parametrize('holder', [nn.ModuleList, lambda layers: nn.ModuleDict({'0': layers[0], '1': layers[1]})])
+def test_a_part_that_only_holds_layers_never_runs(holder):
+    net = nn.Module()
+    net.blocks = holder([nn.Linear(3, 3), nn.Linear(3, 3)])
+    with pytest.raises(
+        TypeError, match=r"layer 'blocks' is a Module\w+, which never runs itself: .* such as 'blocks.1'"
+    ):
+        FeatureTap(net, 'blocks')
+    net.blocks.forward = lambda x: x  # it may be given one
+    assert find_layer(net, 'blocks')[1] is net.blocks
+
+
 COMPILED_AWAY = {
     'script': (lambda: torch.jit.script(make_net()), "made by torch.jit.script or torch.jit.trace"),
     'trace': (lambda: torch.jit.trace(make_net(), X), "made by torch.jit.script or torch.jit.trace"),

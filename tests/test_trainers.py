@@ -331,6 +331,61 @@ def test_the_last_stage_of_a_model_of_transformers(make, name, channel_dim):
     assert tap.name == name and A.shape[:2] == (2, 16) and find_channel_dim(model, A) == channel_dim
 
 
+SMALL = dict(vocab_size=60, num_labels=4, pad_token_id=0)
+TEXT = {
+    'BART: its decoder': (
+        lambda t: t.BartForSequenceClassification(
+            t.BartConfig(
+                **SMALL,
+                d_model=16,
+                encoder_layers=1,
+                decoder_layers=2,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=16,
+                decoder_ffn_dim=16,
+                eos_token_id=2,
+            )
+        ),
+        'model.decoder.layers.1',
+    ),
+    'DistilBERT': (
+        lambda t: t.DistilBertForSequenceClassification(
+            t.DistilBertConfig(**SMALL, dim=16, n_layers=2, n_heads=2, hidden_dim=16)
+        ),
+        'distilbert.transformer.layer.1',
+    ),
+    'GPT-2': (
+        lambda t: t.GPT2ForSequenceClassification(t.GPT2Config(**SMALL, n_embd=16, n_layer=2, n_head=2)),
+        'transformer.h.1',
+    ),
+}
+
+
+@pytest.mark.parametrize('kind', TEXT)
+def test_the_last_stage_of_a_text_model_of_transformers(kind):
+    make, name = TEXT[kind]
+    model = make(pytest.importorskip('transformers'))
+    ids = torch.randint(5, 60, (4, 6))
+    ids[:, -1] = 2
+    with FeatureTap(model) as tap:
+        model(input_ids=ids)
+        A = tap.pop()
+    assert tap.name == name and A.shape == (4, 6, 16) and find_channel_dim(model, A, tap.module) in (-1, 2)
+
+
+def test_the_last_stage_of_a_model_of_timm_in_transformers():
+    "Not the model of timm itself, which returns the logits"
+    pytest.importorskip('timm')
+    t = pytest.importorskip('transformers')
+    options = dict(layers=(1, 1, 1, 1), channels=(4, 8, 12, 16), stem_width=4)
+    config = t.TimmWrapperConfig(architecture='resnet18', num_labels=4, model_args=options)
+    model = t.TimmWrapperForImageClassification(config)
+    with FeatureTap(model) as tap:
+        model(pixel_values=torch.rand(2, 3, 32, 32))
+        assert tap.name == 'timm_model.layer4' and tap.pop().shape[:2] == (2, 16)
+
+
 def test_padding_tokens_do_not_count():
     "The same texts have the same terms whatever they are padded to, with a mask; without one they have not"
     transformers = pytest.importorskip('transformers')
