@@ -283,22 +283,24 @@ def parse_value(
     if optional and text.lower() == 'none': return None
     try:
         if kind is bool: return _TRUTH[text.lower()]
-        if kind is tuple: return tuple(int(o) for o in text.replace(',', ' ').split())
+        if kind is tuple: return tuple(int(o) for o in text.strip('()[]').replace(',', ' ').split())
         return kind(text)
     except (ValueError, KeyError):
-        raise ValueError(f"{name}={text!r}: expected {'true or false' if kind is bool else kind.__name__}") from None
+        expected = {bool: 'true or false', tuple: 'whole numbers such as 3 5'}.get(kind, kind.__name__)
+        raise ValueError(f"{name}={text!r}: expected {expected}") from None
 
 # %% ../nbs/23_config.ipynb #878898ca
 def parse_changes(
     items: Iterable[str], # words such as 'precision=bfloat16'
 ) -> dict[str, Any]:
-    "The fields and their values, as a dict. ValueError for a word that is not FIELD=VALUE"
-    changes = {}
+    "The fields and their values, as a dict. ValueError for a word that is not FIELD=VALUE, or a field that comes twice"
+    changes: dict[str, Any] = {}
     for item in items:
         name, equals, text = item.partition('=')
         if not equals or name not in Config.__annotations__:
             names = ', '.join(Config.__annotations__)
             raise ValueError(f"{item}: expected FIELD=VALUE with a field of Config: {names}")
+        if name in changes: raise ValueError(f"{item}: {name} is set twice, keep one of them")
         changes[name] = parse_value(name, text)
     return changes
 

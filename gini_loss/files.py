@@ -96,6 +96,8 @@ def describe_error(
     if isinstance(e, OSError) and e.strerror:
         return e.strerror if e.filename is None else f'{e.strerror}: {str(e.filename)!r}'
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].startswith('Exception occur'): del lines[0]  # fastai's line names only the callback
+    if len(lines) > 1 and lines[0].endswith(':'): return f'{lines[0]} {lines[1]}'
     return lines[0] if lines else type(e).__name__
 
 # %% ../nbs/26_files.ipynb #47111e95

@@ -35,7 +35,7 @@ from .checkpoint import CheckpointError, RunLocked, is_locked, read_checkpoint_h
 from .config import Config, count_option, parse_changes, parse_value, recipe
 from .files import check_folders, describe_error
 from .ranks import rank, same_on_all_ranks
-from .records import RecordError, find_record
+from .records import RecordError, environment, find_record
 from .train import DataNotFound, add_run_options, find_device, join_processes, run_options, train
 
 # %% ../nbs/25_studies.ipynb #89f2c937
@@ -58,10 +58,11 @@ def _values(name, text):
     for word in text.split():
         first, dash, last = word.partition('-')
         if kind is int and dash and first.isdigit() and last.isdigit():
-            if int(last) - int(first) >= _MOST_RUNS:
-                raise ValueError(f"{name}={word}: a range may have at most {_MOST_RUNS} values")
+            if not 0 <= int(last) - int(first) < _MOST_RUNS:
+                raise ValueError(f"{name}={word}: a range must go up, and may have at most {_MOST_RUNS} values")
             values += range(int(first), int(last) + 1)
         else: values.append(parse_value(name, word))
+    if not values: raise ValueError(f"{name} has no value: give one, or remove the line")
     return values
 
 def _section_configs(lines, changes):
@@ -125,13 +126,14 @@ class RunState(NamedTuple):
 def _cost_key(c):
     return c.arch, c.width, c.bs, c.data, c.classes, c.train_per_class, c.precision, c.channels_last, c.compile
 
-def _seconds_per_epoch(results):
-    "Median seconds per epoch of the recorded runs, by the fields that determine them"
+def _seconds_per_epoch(results, device_name=None):
+    "Median seconds per epoch of the recorded runs, of one device or of all, by the fields that determine them"
     seconds: dict[tuple, list] = {}
     for path in Path(results).rglob('*.json') if Path(results).is_dir() else ():
         try:
             record = json.loads(path.read_text())
             config = Config(**record['config'])
+            if device_name not in (None, record['hardware']['device_name']): continue
             each = record['seconds']['training']/config.epochs
             if 0 <= each < float('inf'): seconds.setdefault(_cost_key(config), []).append(each)
         except (OSError, ValueError, KeyError, TypeError, RecursionError): continue # `load_results` reports it
@@ -188,13 +190,16 @@ _LOST_DEVICE = getattr(torch, 'AcceleratorError', ())
 
 def _report(words): print(words, file=sys.stderr, flush=True)
 
-def _fits(config, results, deadline):
-    "Whether an epoch of the run should end in time, judging by recorded runs"
+def _fits(config, results, deadline, device):
+    "Whether the run is done, or an epoch of it should end in time, judging by recorded runs on this device"
     if deadline is None: return True
-    each = _seconds_per_epoch(results).get(_cost_key(config), 0.)
-    return same_on_all_ranks(time.monotonic()) + 1.1*each < deadline
+    name = environment(find_device(device))['hardware']['device_name']
+    each = _seconds_per_epoch(results, name).get(_cost_key(config), 0.)
+    return same_on_all_ranks(time.monotonic() + 1.1*each < deadline or _has_record(config, results))
 
-def _is_lost(e): return isinstance(e, _LOST_DEVICE) and not isinstance(e, torch.OutOfMemoryError)
+def _has_record(config, results):
+    try: return find_record(results, config) is not None
+    except RecordError: return True # `train` raises it again
 
 # %% ../nbs/25_studies.ipynb #ff27b83f
 def _run_one(config, results, checkpoints, **options):
@@ -202,9 +207,9 @@ def _run_one(config, results, checkpoints, **options):
     try: record = train(config, results, checkpoints, **options)
     except RunLocked: return 'locked', ''
     except DataNotFound: raise # the other runs need the same images
+    except (torch.OutOfMemoryError, MemoryError) as e: return 'out of memory', describe_error(e)
     except (CheckpointError, ValueError, OSError, RuntimeError) as e:
-        outcome = 'out of memory' if isinstance(e, torch.OutOfMemoryError) else 'lost GPU' if _is_lost(e) else 'failed'
-        return outcome, describe_error(e)
+        return 'lost GPU' if isinstance(e, _LOST_DEVICE) else 'failed', describe_error(e)
     return 'no_time' if record is None else 'done', ''
 
 # %% ../nbs/25_studies.ipynb #f0c9a293
@@ -222,7 +227,7 @@ def run_study(
     queue, again = deque(study.configs), set()
     while queue:
         config = queue.popleft()
-        if not _fits(config, results, deadline):
+        if not _fits(config, results, deadline, options.get('device')):
             counts['no_time'] += 1
             continue
         outcome, problem = _run_one(config, results, checkpoints, folder=study.name, deadline=deadline, **options)
@@ -233,9 +238,7 @@ def run_study(
             continue
         if problem: _report(f'{config.run_id}  failed: {problem}')
         counts['failed' if outcome in ('out of memory', 'lost GPU') else outcome] += 1
-        if outcome == 'no_time': # the others would stop right after their start
-            counts['no_time'] += len(queue)
-            break
+        if outcome == 'no_time': deadline = -math.inf # the others would stop right after their start
         if outcome == 'lost GPU':
             problem = 'this process cannot use the GPU any more'
             _report(f'{problem}: start the command again for the other {len(queue)} runs')
@@ -304,15 +307,21 @@ def _parser():
                         help='list the runs with their state and the estimated time')
     parser.add_argument('--workers', type=count_option, default=1, metavar='N',
                         help='number of processes that train at the same time (1)')
-    parser.add_argument('--set', nargs='+', default=[], metavar='FIELD=VALUE',
+    parser.add_argument('--set', nargs='+', action='extend', default=[], metavar='FIELD=VALUE',
                         help='set fields of Config in every run, for example precision=bfloat16')
     add_run_options(parser)
     return parser
 
 # %% ../nbs/25_studies.ipynb #4e12bf91
+def _signal_name(number):
+    name = signal.Signals(number).name
+    return f'{name}, perhaps because memory ran out' if name == 'SIGKILL' else name
+
 def _run_with_workers(args, argv, study):
     "Run the study with several workers, and return the exit status"
     codes = _run_workers(args.workers, argv, args.budget)
+    for code in codes:
+        if code < 0: _report(f"a worker was ended by {_signal_name(-code)}: the same command continues its run")
     if any(code not in (0, 3) for code in codes): return 1
     left = any(o.state != 'done' for o in study_state(study, args.results, args.checkpoints))
     return 3 if left else 0 # a worker cannot tell whether the others finished theirs
@@ -330,10 +339,11 @@ def _run(args, study):
 
 def _run_command(args, argv):
     "List the studies, show the state of one, or run it; the exit status"
+    changes = parse_changes(args.set)
     if args.name is None:
         for name in list_studies(): print(f'{name:14} {load_study(name).title}')
         return 0
-    study = load_study(args.name, **parse_changes(args.set))
+    study = load_study(args.name, **changes)
     if args.list:
         print(study.title)
         print_state(study_state(study, args.results, args.checkpoints))

@@ -7,8 +7,10 @@ import torch
 
 warnings.filterwarnings('ignore', category=FutureWarning)
 from gini_loss import study as module
+from gini_loss.records import environment, read_predictions, write_record
 from gini_loss.study import Study, list_studies, load_study, main, run_study, study_state
 from gini_loss.train import RunLock, recipe
+from made_up import put
 from processes import finish, import_engine, start
 from processes import run_study as run_study_command
 
@@ -54,6 +56,8 @@ def test_shipped_studies():
         ('[runs]\nlos = ce', 'los is not a field'),
         ('[runs]\nloss = all', 'ce, gini, kl, both'),
         ('[runs]\nseed = x', "seed='x'"),
+        ('[runs]\nseed =\n[more]\nseed = 1', r'\[runs\]: seed has no value'),
+        ('[runs]\nseed = 4-0\n[more]\nseed = 1', r'\[runs\]: seed=4-0: a range must go up'),
         ('[study]\ntitle = a', 'lists no runs'),
         ('seed = 0', 'no section'),
         ('[runs]\npreset = desk', 'desk'),
@@ -110,13 +114,19 @@ def test_locked_and_failing_runs_do_not_stop_the_others(tmp_path, capsys):
     assert second.run_id in capsys.readouterr().err
 
 
-def test_budget_starts_nothing_that_does_not_fit(tmp_path, monkeypatch):
-    study = tiny(0, 1)
+@pytest.mark.parametrize('where', ['here', 'elsewhere'])
+def test_budget_starts_nothing_that_does_not_fit(tmp_path, where):
+    "By the time of recorded runs on this device. A run that is done needs no time"
+    study, (slow,) = tiny(0, 1), tiny(2).configs[:1]
     run_study(Study('tiny', '', study.configs[:1]), **folders(tmp_path), verbose=False)
-    monkeypatch.setattr(
-        module, '_seconds_per_epoch', lambda results: {module._cost_key(c): 1000.0 for c in study.configs}
-    )
-    assert run_study(study, **folders(tmp_path), budget=500, verbose=False)['no_time'] >= 3
+    name = environment('cpu')['hardware']['device_name'] if where == 'here' else 'a slower one'
+    for path in (tmp_path / 'results').rglob('*.json'):
+        record = json.loads(path.read_text())
+        record['hardware']['device_name'] = 'another'
+        write_record(path.parent, record, read_predictions(path))
+    put(tmp_path / 'results', slow, device=name, seconds=1000.0 * slow.epochs)
+    counts = run_study(study, **folders(tmp_path), budget=500, verbose=False)
+    assert counts == dict(done=1 if where == 'here' else 4, failed=0, locked=0, no_time=3 if where == 'here' else 0)
     assert not list((tmp_path / 'checkpoints').glob('*'))
 
 
@@ -137,6 +147,8 @@ def test_command(tmp_path, capsys):
     assert main([]) == 0 and 'table1' in capsys.readouterr().out
     assert main(['nothing']) == 1 and 'laptop' in capsys.readouterr().err
     assert main(['laptop', '--set', 'speed=9']) == 1 and 'FIELD=VALUE' in capsys.readouterr().err
+    assert main(['--set', 'lr=1', 'laptop']) == 1 and 'laptop: expected FIELD=VALUE' in capsys.readouterr().err
+    assert main(['laptop', '--set', 'lr=1', '--set', 'lr=2']) == 1 and 'lr is set twice' in capsys.readouterr().err
     assert main(['table2', '--list', '--results', str(tmp_path)]) == 0 and '20 missing' in capsys.readouterr().out
 
 
@@ -181,6 +193,19 @@ def test_out_of_memory_is_tried_once_more_after_the_others(tmp_path, monkeypatch
     assert run_study(study, **folders(tmp_path)) == dict(done=3, failed=1, locked=0, no_time=0)
     ids = [c.run_id for c in study.configs]
     assert order == [*ids, *ids[:2]] and 'will be tried again' in capsys.readouterr().err
+
+
+def test_set_may_be_given_several_times(tmp_path, capsys):
+    assert main(['laptop', '--set', 'lr=.5', '--set', 'bs=50', '--list', '--results', str(tmp_path)]) == 0
+    assert load_study('laptop', lr=0.5, bs=50).configs[0].run_id in capsys.readouterr().out
+
+
+def test_without_memory_the_others_go_on(tmp_path, monkeypatch):
+    def crowded(config, *args, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(module, 'train', crowded)
+    assert run_study(tiny(0, 1), **folders(tmp_path)) == dict(done=0, failed=4, locked=0, no_time=0)
 
 
 def test_a_lost_gpu_ends_the_worker(tmp_path, monkeypatch, capsys):
@@ -239,6 +264,18 @@ def test_workers_end_with_the_command(tmp_path, how):
         wait(lambda: all(map(gone, workers)))
     finally:
         p.kill()
+
+
+@pytest.mark.skipif(os.name == 'nt', reason="Windows has no signals")
+def test_a_worker_that_is_killed_is_reported(tmp_path, monkeypatch, capsys):
+    class Worker(subprocess.Popen):
+        def __init__(self, command, env):
+            super().__init__([sys.executable, '-c', 'import os; os.kill(os.getpid(), 9)'])
+
+    monkeypatch.setattr(module.subprocess, 'Popen', Worker)
+    where = ['--results', str(tmp_path / 'r'), '--checkpoints', str(tmp_path / 'c'), '--device', 'cpu']
+    assert main(['test', '--workers', '2', *where]) == 1
+    assert 'a worker was ended by SIGKILL, perhaps because memory ran out' in capsys.readouterr().err
 
 
 def test_workers_share_the_deadline(tmp_path, monkeypatch):

@@ -854,6 +854,11 @@ def test_what_the_command_refuses(tmp_path, capsys, options, status, message):
     assert not (tmp_path / 'r').exists()
 
 
+def test_an_error_in_a_callback_says_why(tmp_path, capsys):
+    assert main([*SHORT, *where(tmp_path), '--layer', 'nope']) == 1
+    assert capsys.readouterr().err.startswith("gini_train: there is no layer 'nope'")
+
+
 def test_a_run_that_is_done_says_so(tmp_path, capsys):
     args = [*SHORT, *where(tmp_path)]
     assert main(args) == 0 and 'is done' not in capsys.readouterr().out
