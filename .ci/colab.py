@@ -1,5 +1,5 @@
-"""Write the first cell of each notebook that has one, which installs the package in Colab: from the index, or from the
-repository if the index does not have it, with the extras and the other trainers that the page's imports need.
+"""Write the first code cell of each notebook, which installs the package in Colab: from the index, or from the
+repository if the index does not have it, with the extras and the other packages that the page's imports need.
 
 With names of notebooks, only those are written; `--check` lists the notebooks that are out of date.
 """
@@ -11,17 +11,18 @@ import sys
 from common import as_json, cfg, root, text
 
 ADDRESS = f"git+https://github.com/{cfg['user']}/{cfg['repo']}"
-START = re.compile(r"^#\| ?hide\nimport importlib\.util\nif importlib\.util\.find_spec\(\"gini_loss\"\) is None:")
+INSTALLS = 'importlib.util.find_spec("gini_loss")'
 NEEDS = {
     "fastai": r"^(?:from|import) (?:fastai|fastcore)\b|gini_loss\.callback",
     "plots": r"^(?:from|import) (?:matplotlib|seaborn|pandas|numpy)\b|gini_loss\.plots",
-    "replication": r"^(?:from|import) (?:torchvision|scipy|sklearn|PIL)\b|gini_loss\.(?:datasets|loader|train|study|records|paper|stats|demo|config)\b",
+    "replication": r"^(?:from|import) (?:torchvision|scipy|sklearn|PIL)\b|gini_loss\.(?:datasets|loader|models|rivals|checkpoint|train|study|records|paper|stats|demo|config)\b",
 }
 OTHERS = {
     "lightning": "lightning",
     "transformers": "transformers accelerate",
     "accelerate": "accelerate",
     "timm": "timm",
+    "nbdev": "'nbdev>=2.4.14,<3' 'execnb<0.2' 'fastcore<2'",
 }
 
 
@@ -58,9 +59,17 @@ def main():
             continue
         notebook = json.loads(path.read_text(encoding="utf-8"))
         cells = notebook["cells"]
-        cell = next((c for c in cells[:5] if START.match(text(c["source"]))), None)
+        cell = next((c for c in cells[:5] if INSTALLS in text(c["source"])), None)
         if cell is None:
-            continue
+            cell = {
+                "cell_type": "code",
+                "execution_count": None,
+                "id": "install",
+                "metadata": {},
+                "outputs": [],
+                "source": [],
+            }
+            cells.insert(2, cell)
         now = install_cell(cells)
         if text(cell["source"]) == now:
             continue

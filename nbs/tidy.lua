@@ -14,9 +14,10 @@ local function without_inner_link(content)
   return pandoc.Inlines { name }
 end
 
--- Links within the site do not leave it. A private name has no place of its own on a page.
+-- Links within the site do not leave it. A private name has no place of its own on a page, and a method has its class's.
 local function Link(link)
   if link.target:match("%.html#_") then return link.content end
+  link.target = link.target:gsub("^(https://[%w-]+%.github%.io/gini_loss/[%w_]+%.html#[%w_]+)%.%w.*", "%1")
   link.target = link.target:gsub("^https://[%w-]+%.github%.io/gini_loss/([%w_]+%.html)", "%1")
   link.content = without_inner_link(link.content)
   return link

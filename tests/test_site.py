@@ -309,6 +309,11 @@ def test_a_link_within_the_site_does_not_leave_it(tidy):
     assert '<a href="a.html#b">' in tidy("[b](https://someone.github.io/gini_loss/a.html#b)")
 
 
+def test_a_link_to_a_method_leads_to_its_class(tidy):
+    html = tidy("[`A.b`](https://someone.github.io/gini_loss/a.html#a.b) [there](a.html#in-fig.-1)")
+    assert re.findall(r'href="([^"]+)"', html) == ["a.html#a", "a.html#in-fig.-1"]
+
+
 def test_a_link_of_a_name_that_was_linked_before_keeps_the_name_alone(tidy):
     html = tidy("[[`pull`](https://someone.github.io/gini_loss/a.html#pull)](b.html)")
     assert html.strip() == '<p><a href="b.html"><code>pull</code></a></p>'
