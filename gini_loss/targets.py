@@ -343,8 +343,9 @@ class ClassPrior:
 
     def like(self, mass: torch.Tensor) -> torch.Tensor:
         "The shares on the device and in the precision of `mass`"
-        self.shares = self.shares.to(mass)
-        return self.shares
+        shares = self.shares.to(mass)
+        if not mass.is_meta: self.shares = shares       # on meta they would be lost
+        return shares
 
 def check_class_prior(class_prior: Any, n_classes: int | None = None) -> ClassPrior | None:
     "`class_prior` as a `ClassPrior`, or None. Raises an error if it is not a distribution over the classes"

@@ -296,9 +296,11 @@ def test_tensors_without_values(y, rectify):
     A = torch.rand(4, 3, 2, 2, device='meta', requires_grad=True)
     y = MixedTargets(y.labels.to('meta'), y.others.to('meta'), 0.5) if isinstance(y, MixedTargets) else y.to('meta')
     mask = torch.ones(4, 2, 2, dtype=torch.bool, device='meta')
-    loss = GiniKLLoss(rectify=rectify, class_prior=[1, 2, 3])(A, y, mask)
+    terms = GiniKLLoss(rectify=rectify, class_prior=[1, 2, 3])
+    loss = terms(A, y, mask)
     loss.backward()
     assert loss.is_meta and loss.shape == () and A.grad.shape == A.shape
+    assert terms(A4, Y4) == GiniKLLoss(class_prior=[1, 2, 3])(A4, Y4)  # and the prior is still there
 
 
 def test_targets_and_activations_on_two_devices():
