@@ -43,6 +43,7 @@ def other_kind(x: torch.Tensor) -> str:
     "Kind of tensor and the call that converts it, if `x` is not dense and strided; else an empty string"
     if x.is_nested:
         return "a nested tensor: pad it with torch.nested.to_padded_tensor(x, 0.) and pass mask, False at the padding"
+    if hasattr(x, 'full_tensor'): return "a DTensor: call .full_tensor()"
     if x.layout is not torch.strided: return f"a tensor of layout {x.layout}: call .to_dense()"
     if x.is_quantized: return "a quantized tensor: call .dequantize()"
     if x.dtype.is_floating_point and x.dtype.itemsize == 1: return f"a tensor of {x.dtype}: call .float()"
@@ -325,7 +326,7 @@ class ClassPrior:
     "Shares of all n classes, checked once, and kept on the device where they were last used"
     def __init__(self, class_prior: Any, n_classes: int | None = None) -> None:
         if not isinstance(class_prior, torch.Tensor):
-            try: class_prior = torch.as_tensor(class_prior, dtype=torch.float64)
+            try: class_prior = torch.as_tensor(class_prior, dtype=torch.float64, device='cpu')
             except (TypeError, ValueError):
                 raise TypeError(f"class_prior must be a tensor (n,) of shares or counts of the classes, got {class_prior!r}:"
                                 " None stands for the batch's own labels; GiniLossCallback alone counts the training"

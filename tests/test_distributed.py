@@ -290,13 +290,18 @@ def work(rank, folder):
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory):
+def interface():
+    "The loopback interface, which needs no network that resolves this machine's name"
+    return next((name for _, name in socket.if_nameindex() if name in ('lo', 'lo0')), None)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory, interface):
     "Folder with the results of three processes"
     folder = tmp_path_factory.mktemp('ranks')
-    interface = next((name for _, name in socket.if_nameindex() if name in ('lo', 'lo0')), None)
     with pytest.MonkeyPatch.context() as env:
         if interface:
-            env.setenv('GLOO_SOCKET_IFNAME', interface)  # needs no network that resolves this name
+            env.setenv('GLOO_SOCKET_IFNAME', interface)
         env.setenv('OMP_NUM_THREADS', '1')
         context, end = mp.spawn(work, (str(folder),), nprocs=3, join=False), time.monotonic() + TIMEOUT
         try:
@@ -421,6 +426,25 @@ def test_labels_are_asked_for_only_where_they_must_be(monkeypatch):
 
 def test_a_bad_label_is_told_and_nobody_waits(ranks):
     assert all("label 3 is not below n_classes=3" in r['bad label'] for r in ranks)
+
+
+def test_a_tensor_of_several_devices(monkeypatch, interface):
+    "Activations of a layer in tensor parallelism: the message names the call, and it works"
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    A, y = torch.rand(6, 4), torch.arange(6) % 3
+    if interface:
+        monkeypatch.setenv('GLOO_SOCKET_IFNAME', interface)
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh('cpu', (1,))
+        sharded = distribute_tensor(A, mesh, [Shard(1)])
+        for args in ((sharded, y), (A, distribute_tensor(y, mesh, [Replicate()]))):
+            with pytest.raises(TypeError, match=r"must be a dense tensor, got a DTensor: call \.full_tensor\(\)"):
+                GiniKLLoss()(*args)
+        assert torch.equal(GiniKLLoss()(sharded.full_tensor(), y), GiniKLLoss()(A, y))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_plain_function_is_of_one_process(ranks):

@@ -10,6 +10,7 @@ import torch
 from oracle import terms_and_gradients
 
 from gini_loss.losses import GiniKLLoss, class_probs, diagnostics, gini_loss, kl_loss
+from gini_loss.running import RunningGiniKLLoss
 
 # ---- Layouts, subclasses, compilation, copies ----
 
@@ -140,6 +141,15 @@ def test_module_is_plain():
     for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), loss.half().train()):
         assert torch.equal(twin(A, y), loss(A, y))
     assert "lambda_gini=0.25, lambda_kl=0.75" in repr(loss)
+
+
+def test_made_on_the_meta_device():
+    "As in a network that is made without memory and filled later: the prior is kept"
+    A, y = torch.rand(6, 3), torch.arange(6) % 3
+    with torch.device('meta'):
+        plain, running = GiniKLLoss(class_prior=[1, 2, 3]), RunningGiniKLLoss(class_prior=[1, 2, 3])
+    expected = GiniKLLoss(class_prior=[1, 2, 3])(A, y)
+    assert plain(A, y) == expected and running.to_empty(device='cpu')(A, y) == expected
 
 
 def test_works_without_gradients():
