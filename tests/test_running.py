@@ -343,3 +343,17 @@ def test_lightning_averages(tmp_path):
     )
     trainer.fit(module, torch.utils.data.DataLoader(data, 4))
     assert module.net.aux.means.shape == (6, 3)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_batch_that_is_not_finite_counts_like_one_without_labels(bad):
+    "It fades the earlier batches, and adds neither averages nor mass"
+    torch.manual_seed(0)
+    (A, y), (B, z) = ((torch.rand(8, 5), torch.randint(0, 3, (8,))) for _ in range(2))
+    found = []
+    for between in ((A * bad, y), (A, torch.full((8,), -100))):
+        loss = RunningGiniKLLoss(n_classes=3, n_batches=4, check_finite=False)
+        for batch in ((A, y), between):
+            loss(*batch)
+        found.append(loss.terms(B, z))
+    assert torch.equal(torch.stack(found[0]), torch.stack(found[1]))

@@ -10,6 +10,7 @@ import torch
 
 warnings.filterwarnings('ignore', category=FutureWarning)
 from gini_loss import checkpoint as checkpoints, records, train as engine
+from gini_loss.datasets import CALTECH12, load_caltech12
 from gini_loss.train import (
     CheckpointError,
     Config,
@@ -881,6 +882,53 @@ def test_no_record_of_synthetic_images_says_cifar(tmp_path):
     assert not any(part in json.dumps(record) for part in ('/tmp', '/home', os.uname().nodename))
 
 
+@pytest.fixture
+def two_domains(tmp_path):
+    "Folders of CIFAR-100, with five of its classes, and of Caltech 101: a colour for each class, less clear in the second"
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    cifar, caltech = tmp_path / 'cifar100', tmp_path / 'caltech101' / '101_ObjectCategories'
+    colors = dict(apple=(0, 0, 0), beaver=(150, 0, 0), crab=(0, 150, 0), lobster=(0, 0, 150), wolf=(150, 150, 0))
+
+    def save(path, name, size, shift):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        color = np.array(colors.get(name, (75, 75, 75))) + rng.integers(0, shift, 3)
+        pixels = color + rng.integers(0, 40, (size, size, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+
+    for name in colors:
+        for split, n in (('train', 20), ('test', 4)):
+            for i in range(n):
+                save(cifar / split / 'some' / name / f'{name}_{i}.png', name, 32, 20)
+    for name, (_, n) in CALTECH12.items():
+        for i in range(n):
+            save(caltech / name / f'image_{i:04d}.jpg', name, 8, 200)
+    return dict(data_root=cifar, caltech_root=tmp_path)
+
+
+def test_caltech_is_scored_by_the_names_of_its_classes(tmp_path, two_domains):
+    "Among all classes of the network, and among those that Caltech 101 has; images of other classes are left out"
+    names = ['beaver', 'crab', 'lobster', 'wolf']
+    c = small(epochs=12, start_epoch=0, data='cifar100', classes='+'.join(names), milestones=())
+    record = run(c, tmp_path, weights=tmp_path / 'w', **two_domains)
+    loaded = engine.load_run(tmp_path / 'w' / f'{c.run_id}.safetensors')
+    assert loaded.classes == names
+    images, labels = load_caltech12(two_domains['caltech_root'])
+    position = {label: names.index(name) for name, (label, _) in CALTECH12.items() if name in names}
+    kept = torch.tensor([int(label) in position for label in labels])
+    truth = torch.tensor([position[int(label)] for label in labels[kept]])
+    with torch.no_grad():
+        logits = loaded.model(loaded.transform(images[kept]))
+    among_all, among_shared = logits.argmax(1), logits[:, :3].argmax(1)  # Caltech 101 has no wolf
+    accuracies = [(pred == truth).double().mean().item() for pred in (among_all, among_shared)]
+    assert [record['last'][f'caltech_{name}'] for name in ('accuracy', 'accuracy_12')] == accuracies
+    assert len(truth) == 46 + 73 + 41 and 0.3 < accuracies[0] < accuracies[1] < 1
+    found = arrays(tmp_path, c)
+    assert np.array_equal(found['last_caltech_pred'], among_all)
+    assert np.array_equal(found['last_caltech_pred_12'], among_shared)
+
+
 # --- switches
 
 
@@ -1239,6 +1287,23 @@ def test_log_of_tensorboard(tmp_path):
         column = tag.replace('/', '_')
         assert [e.step for e in events.Scalars(tag)] == [0, 1]
         assert [e.value for e in events.Scalars(tag)] == pytest.approx(record['epochs'][column], rel=1e-5)
+
+
+def test_log_of_tensorboard_has_each_epoch_once_after_an_interruption(tmp_path):
+    "The second session starts at an epoch that the first one had logged, but not saved"
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    c, rows = small(epochs=3), []
+    for first, last in ((0, 2), (1, 3)):
+        learn = build_learner(c, build_dls(c, device='cpu'), [engine.RunLog('tensorboard', tmp_path, c)])
+        learn.fit_from(first, last)
+        rows.append(learn.epoch_log.columns['train_loss'])
+    events = EventAccumulator(str(tmp_path / c.run_id))
+    events.Reload()
+    logged = events.Scalars('train/loss')
+    assert [e.step for e in logged] == [0, 1, 2]
+    assert [e.value for e in logged] == pytest.approx([rows[0][0], *rows[1]], rel=1e-5)
 
 
 def test_log_of_wandb(tmp_path, monkeypatch):
