@@ -330,6 +330,7 @@ def cvt7(
 # %% ../nbs/22b_keep.ipynb #16fe612f
 import json
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from .files import write_whole
@@ -338,7 +339,7 @@ from .files import write_whole
 def save_network(
     path: str | Path, # file to write, usually *.safetensors
     model: nn.Module, # the trained network
-    config: Mapping[str, Any], # 'arch', 'width', 'in_channels', to build it again, and what else you want to keep
+    config: Mapping[str, Any], # 'arch' and its arguments, to build it again, and what else you want to keep
     classes: Sequence[str], # names of the classes, in the order of the logits
 ) -> None:
     "Write the weights of `model`, its configuration and class names to one safetensors file, completely or not at all"
@@ -347,7 +348,9 @@ def save_network(
     try: texts = dict(config=json.dumps(dict(config)), classes=json.dumps([str(c) for c in classes]))
     except (TypeError, ValueError) as e:
         raise TypeError(f"config must hold numbers, strings and lists of them: {e}") from None
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
+    state = {k.replace('_orig_mod.', ''): v for k, v in model.state_dict().items()}     # torch.compile adds this part
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
     write_whole(path, save(tensors, metadata=dict(format='gini_loss 1', **texts)))
 
 # %% ../nbs/22b_keep.ipynb #b0dceb2d
@@ -364,8 +367,14 @@ def _build_saved(config, n_classes):
     if arch not in networks:
         raise ValueError(f"arch {arch!r} is none of {', '.join(networks)}: pass a function that builds the network,"
                          " build=...")
-    sizes = {k: config[k] for k in ('width', 'in_channels') if config.get(k) is not None}
-    return networks[arch](n_classes, **sizes)
+    names = list(signature(networks[arch]).parameters)[1:]
+    return networks[arch](n_classes, **{k: config[k] for k in names if config.get(k) is not None})
+
+def _build(path, build, config, n_classes, device):
+    "The network on a device; ValueError names the file"
+    try:
+        with torch.device(device): return build(config, n_classes)
+    except (TypeError, ValueError, RuntimeError) as e: raise ValueError(f"{path}: {e}") from e
 
 def _texts(path):
     "Configuration and class names in a file written by `save_network`"
@@ -387,11 +396,15 @@ def load_network(
     "Load a network that `save_network` wrote. `ValueError` says what is wrong with the file"
     from safetensors.torch import load_file
     config, classes = _texts(path)
-    try:
-        with torch.device('meta'): model = (build or _build_saved)(config, len(classes))
-    except (TypeError, ValueError, RuntimeError) as e: raise ValueError(f"{path}: {e}") from e
     tensors = {k: v.clone() for k, v in load_file(str(path)).items()}    # in memory of their own, aligned by torch
-    _check_shapes(path, tensors, model.state_dict())
+    try:
+        model = _build(path, build or _build_saved, config, len(classes), 'meta')
+        _check_shapes(path, tensors, model.state_dict())
+    except ValueError as e:                     # a network that reads its own numbers cannot be built on meta
+        if build is None or not isinstance(e.__cause__, RuntimeError): raise
+    if build is not None:                       # it may hold tensors that are not in its state dict
+        model = _build(path, build, config, len(classes), 'cpu')
+        _check_shapes(path, tensors, model.state_dict())
     model.load_state_dict(tensors, assign=True)
     return SavedNetwork(model.eval(), config, classes)
 

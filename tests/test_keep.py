@@ -44,6 +44,51 @@ def test_comes_back_as_it_was(name, tmp_path):
     assert all(p.grad is not None for p in saved.model.parameters())
 
 
+@pytest.mark.parametrize('build, options', [(resnet17, dict(final_relu=False)), (resnet50, dict(dropout=0.4))])
+def test_all_arguments_of_a_network_come_back(build, options, tmp_path):
+    torch.manual_seed(0)
+    model = build(5, width=4, **options).eval()
+    save_network(tmp_path / 'n', model, dict(arch=build.__name__, width=4, seed=3, **options), list('abcde'))
+    saved, x = load_network(tmp_path / 'n').model, torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(saved(x), model(x))
+        assert (model(x).min() < 0) if build is resnet17 else saved.dropout.p == 0.4
+
+
+class Positions(nn.Module):
+    "Has a tensor and a buffer that are not in its state dict, and reads a number while it is built"
+
+    def __init__(self, n, reads):
+        super().__init__()
+        self.register_buffer('index', torch.arange(4.0), persistent=False)
+        self.shift = torch.full((4,), 2.0)
+        self.rates = [x.item() for x in torch.linspace(0, 1, 3)] if reads else []
+        self.fc = nn.Linear(4, n)
+
+    def forward(self, x):
+        return self.fc(x * self.index + self.shift)
+
+
+@pytest.mark.parametrize('reads', [False, True])
+def test_tensors_that_are_not_in_the_state_dict(reads, tmp_path):
+    model = Positions(3, reads)
+    save_network(tmp_path / 'n', model, {}, list('abc'))
+    saved = load_network(tmp_path / 'n', build=lambda config, n: Positions(n, reads)).model
+    x = torch.rand(2, 4)
+    assert torch.equal(saved(x), model(x))
+    with pytest.raises(ValueError, match="does not fit the network it describes: 'fc.weight'"):
+        load_network(tmp_path / 'n', build=lambda config, n: Positions(n + 1, reads))
+
+
+@pytest.mark.parametrize('wrap', [lambda m: torch.compile(m, backend='eager'), nn.DataParallel], ids=['compile', 'dp'])
+def test_a_wrapped_network_is_saved_without_its_wrapper(wrap, tmp_path):
+    model = resnet18(3, 4).eval()
+    save_network(tmp_path / 'n', wrap(model), dict(arch='resnet18', width=4), list('abc'))
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(load_network(tmp_path / 'n').model(x), model(x))
+
+
 def test_saving_leaves_the_model_alone(tmp_path):
     model = resnet18(3, 4).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
