@@ -6,8 +6,8 @@
 __all__ = ['REGRESSION', 'hidden', 'require', 'is_integer', 'check_count', 'other_kind', 'plain_tensor', 'check_floating',
            'in_double', 'check_activations', 'check_rectify', 'check_device', 'check_signs', 'leave_out',
            'MixedTargets', 'check_class_count', 'no_classes', 'check_labels', 'check_soft_shape', 'check_soft_values',
-           'check_target_shape', 'check_targets', 'LabelMatrix', 'choose_columns', 'label_matrix', 'ClassPrior',
-           'check_class_prior', 'restrict_prior', 'check_pooled', 'check_finite', 'check_class_means',
+           'check_target_shape', 'check_targets', 'LabelMatrix', 'choose_columns', 'label_matrix', 'by_class',
+           'ClassPrior', 'check_class_prior', 'restrict_prior', 'check_pooled', 'check_finite', 'check_class_means',
            'check_class_probs', 'check_reverse', 'check_settings', 'gradient_at', 'check_weight']
 
 # %% ../nbs/08_targets.ipynb #1aea1d1c
@@ -322,11 +322,18 @@ def label_matrix(
     return Y if ranks is None else Y.with_mass(ranks.sum(Y.mass))
 
 # %% ../nbs/08_targets.ipynb #672bc38a
+def by_class(counts: Any, least: int) -> list[float]:
+    "The values of a mapping from classes to counts in the order of the classes, of at least `least` of them"
+    counts = dict(counts.items())
+    return [counts.get(k, 0) for k in range(max(least, max(counts) + 1))]
+
 class ClassPrior:
     "Shares of all n classes, checked once, and kept on the device where they were last used"
     def __init__(self, class_prior: Any, n_classes: int | None = None) -> None:
         if not isinstance(class_prior, torch.Tensor):
-            try: class_prior = torch.as_tensor(class_prior, dtype=torch.float64, device='cpu')
+            try:
+                if hasattr(class_prior, 'keys'): class_prior = by_class(class_prior, n_classes or 1)
+                class_prior = torch.as_tensor(class_prior, dtype=torch.float64, device='cpu')
             except (TypeError, ValueError):
                 raise TypeError(f"class_prior must be a tensor (n,) of shares or counts of the classes, got {class_prior!r}:"
                                 " None stands for the batch's own labels; GiniLossCallback alone counts the training"

@@ -466,6 +466,14 @@ def test_bad_priors_are_told_at_construction(name):
         )
 
 
+@pytest.mark.parametrize('prior', [{}, {'cat': 3, 'dog': 1}, {0: 1, 1.5: 2}], ids=str)
+def test_priors_by_another_key_than_the_class(prior):
+    with pytest.raises((TypeError, ValueError), match="class_prior"):
+        GiniKLLoss(class_prior=prior)
+    with pytest.raises(ValueError, match=r"each of the 2 classes, got shape \(3,\)"):
+        GiniKLLoss(class_prior={0: 1, 2: 1}, n_classes=2)
+
+
 @pytest.mark.parametrize('y', [Y4, SOFT, MixedTargets(Y4, Y4.flip(0), 0.5)], ids=['labels', 'soft', 'mixed'])
 def test_a_prior_of_zero_for_a_class_of_the_batch(y):
     with pytest.raises(ValueError, match="class_prior has no share for class 2, but the batch has images of it"):

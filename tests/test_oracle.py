@@ -2,6 +2,7 @@
 labels, priors and masks."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -499,6 +500,19 @@ def test_a_prior_stands_for_the_labels(kind, reverse):
     assert torch.autograd.gradcheck(
         lambda A: GiniKLLoss(reverse_kl=reverse, class_prior=PRIOR).terms(A, y)[1], A.requires_grad_()
     )
+
+
+@pytest.mark.parametrize('n_classes', [None, 4])
+def test_a_prior_by_class(n_classes):
+    "A dict, a Counter and pandas' value_counts are read by class, not in the order that they have"
+    pd, labels = pytest.importorskip('pandas'), [2, 2, 2, 0, 0, 1]
+    A, y = torch.rand(6, 4), torch.tensor(labels)
+    expected = GiniKLLoss(class_prior=[2, 1, 3])(A, y)
+    for counts in (Counter(labels), {2: 0.5, 0: 1 / 3, 1: 1 / 6}, pd.Series(labels).value_counts()):
+        loss = GiniKLLoss(class_prior=counts, n_classes=n_classes)
+        torch.testing.assert_close(loss(A, y), expected)
+        assert loss.n_classes == (n_classes or 3)
+    torch.testing.assert_close(kl_loss(A, y, class_prior=Counter(labels)), kl_loss(A, y, class_prior=[2, 1, 3]))
 
 
 def test_a_prior_with_renumbered_classes():
