@@ -227,6 +227,27 @@ def test_the_callback_leaves_with_its_columns():
         assert 'train_gini' not in fit(learn)
 
 
+class ShownLosses(Callback):
+    "The loss that is shown, the one that is differentiated, and cross-entropy, in each training batch"
+
+    order = 5.5  # after the terms
+
+    def __init__(self):
+        self.seen = []
+
+    def after_loss(self):
+        if self.training:
+            plain = nn.functional.cross_entropy(self.pred, self.y)
+            self.seen.append([o.item() for o in (self.learn.loss, self.learn.loss_grad, plain)])
+
+
+def test_the_loss_that_is_shown_has_the_terms_that_are_differentiated():
+    shown_losses = ShownLosses()
+    fit(get_learner(GiniLossCallback(start_epoch=0), shown_losses))
+    for shown, differentiated, plain in shown_losses.seen:
+        assert shown == pytest.approx(differentiated) and shown > plain + 0.1
+
+
 # ---- The pull ----
 
 
@@ -322,23 +343,30 @@ def test_the_pull_of_a_compiled_model(how):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_the_pull_in_half_precision_and_on_layers_that_do_not_learn():
+@pytest.mark.parametrize('dtype, size', [(torch.bfloat16, 1), (torch.float16, 1), (torch.float16, 1e-5)])
+def test_the_pull_in_half_precision(dtype, size):
+    "In float16 the gradient of a loss of this size at a map would be zero, and its pull infinite"
+
     class Half(Callback):
         order, run_valid = 10, False
 
         def before_batch(self):
-            self.ctx = torch.autocast('cpu', torch.bfloat16)
+            self.ctx = torch.autocast('cpu', dtype)
             self.ctx.__enter__()
 
         def after_loss(self):
             self.ctx.__exit__(None, None, None)
 
-    single, half = (
-        get_learner(GiniLossCallback(start_epoch=0, pull=True)),
-        get_learner(GiniLossCallback(start_epoch=0, pull=True), Half()),
-    )
-    fit(single), fit(half)
-    assert pulls(half) == pytest.approx(pulls(single), rel=0.1)
+    found = []
+    for cbs in ((), (Half(),)):
+        learn = get_learner(GiniLossCallback(start_epoch=0, pull=True), *cbs)
+        learn.loss_func = lambda pred, y: size * nn.functional.cross_entropy(pred, y)
+        fit(learn)
+        found.append(pulls(learn))
+    assert found[1] == pytest.approx(found[0], rel=0.1)
+
+
+def test_the_pull_on_layers_that_do_not_learn():
     frozen = get_learner(GiniLossCallback(start_epoch=0, pull=True))
     for p in frozen.model[:4].parameters():
         p.requires_grad_(False)

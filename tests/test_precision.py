@@ -201,3 +201,11 @@ def test_maps_that_are_nearly_flat(offset, side):
     preference = (2 * P - 1).abs().square().mean().sqrt().item()
     got, expected = terms_and_gradients(A, y), terms_and_gradients(A.double(), y)
     assert max(relative(got[i], expected[i]) for i in (2, 3)) < max(3e-8 / preference, 1e-6)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32, torch.float64])
+def test_the_histogram_of_soft_targets_is_as_precise_as_they_are(dtype):
+    y = torch.rand(6, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = label_histogram(y)
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(found, (y.double().sum(0) / y.double().sum()).to(found.dtype))

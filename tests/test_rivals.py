@@ -87,3 +87,13 @@ def test_a_rival_changes_training_and_resumes_to_the_same_numbers(tmp_path, monk
     parts, whole, ce = run(config, "parts"), run(config, "whole"), run(plain, "plain")
     assert parts["epochs"]["train_loss"] == whole["epochs"]["train_loss"] != ce["epochs"]["train_loss"]
     assert parts["last"] == whole["last"]
+
+
+def test_centres_follow_their_images_by_the_rule_of_the_paper():
+    "Δ_j = Σ (c_j - x) / (1 + n_j), Eq. 4 of Wen et al.; a class without images keeps its centre"
+    loss = CenterLoss(3, 2, rate=0.5)
+    loss(torch.tensor([[2.0, 4.0], [4.0, 0.0], [6.0, 2.0]]), torch.tensor([0, 0, 2]))
+    torch.testing.assert_close(loss.centers, torch.tensor([[1.0, 2 / 3], [0.0, 0.0], [1.5, 0.5]]))
+    before = loss.centers.clone()
+    loss.eval()(torch.rand(2, 2), torch.tensor([0, 1]))
+    assert torch.equal(loss.centers, before)

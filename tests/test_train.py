@@ -619,6 +619,16 @@ def test_damaged_checkpoints_are_named(stopped):
     assert run(c, folder, restart=True)['seconds']['sessions'] == 1
 
 
+def test_a_checkpoint_with_another_number_in_its_header_is_named(stopped):
+    c, _, path = stopped
+    good = path.read_bytes()
+    place = good.index(b'"seconds": ') + len(b'"seconds": ')
+    path.write_bytes(good[:place] + (b'2' if good[place : place + 1] == b'1' else b'1') + good[place + 1 :])
+    assert read_checkpoint_header(path)['epoch'] == 0
+    with pytest.raises(CheckpointError, match=f'{path.name} is damaged'):
+        load_checkpoint(path, c)
+
+
 def test_foreign_checkpoint(stopped):
     c, folder, path = stopped
     other = replace(c, seed=1)
