@@ -131,14 +131,17 @@ class _Silencer(_Hook):
 
     def _mask(self, c):
         "Bool (c,): which of `c` channels are silenced"
-        if self.channels.dtype == torch.bool:
-            if len(self.channels) != c:
-                raise ValueError(f"channels is a mask of {len(self.channels)}, layer {self.name!r} has {c} channels")
-            return self.channels
-        if len(self.channels) and self.channels.max() >= c:
-            raise ValueError(f"there is no channel {self.channels.max()} in layer {self.name!r}:"
-                             f" it has {c}, numbered from 0")
+        _check_fit(self.channels, c, self.name)
+        if self.channels.dtype == torch.bool: return self.channels
         return torch.zeros(c, dtype=torch.bool).index_fill_(0, self.channels, True)
+
+def _check_fit(channels, c, name):
+    "Raise unless a layer of `c` channels has these `channels`, numbers or a mask"
+    if channels.dtype == torch.bool:
+        if len(channels) != c:
+            raise ValueError(f"channels is a mask of {len(channels)}, layer {name!r} has {c} channels")
+    elif len(channels) and channels.max() >= c:
+        raise ValueError(f"there is no channel {channels.max()} in layer {name!r}: it has {c}, numbered from 0")
 
 def _channel_numbers(channels):
     "`channels` as int64 (k,), or as a bool mask (c,), on the CPU"
@@ -268,7 +271,7 @@ def _evidence(model, x, layer, target):
     A = capture.A.detach()
     dim = find_channel_dim(model, A, module)
     A, gradient = (t.movedim(dim, 1).float().cpu() for t in (A, gradient))
-    each = (A * gradient).reshape(*A.shape[:2], -1).sum(2)
+    each = (A * gradient)[..., None].flatten(2).sum(2)
     return _Evidence(A, each, target.cpu(), logit.detach().float().cpu(), logits.shape[1])
 
 def _check_layer(name, A, logits):
@@ -282,7 +285,8 @@ def _check_layer(name, A, logits):
 
 def _targets(target, logits):
     "`target`, a class or one for each image, as (m,) int64"
-    t = torch.as_tensor(target, device=logits.device)
+    try: t = torch.as_tensor(target, device=logits.device)
+    except (TypeError, ValueError, RuntimeError): t = torch.empty(0)    # a floating-point tensor raises below
     fits = t.ndim == 0 or t.shape == logits.shape[:1]
     if t.is_floating_point() or t.dtype == torch.bool or not fits:
         raise ValueError(f"target must be a class or one class for each of the {len(logits)} inputs, got {target!r}")
@@ -358,15 +362,15 @@ def strongest_images(
 ) -> StrongestImages:
     "The images of `dl` that excite each channel most"
     numbers, k = _channel_numbers(channels), _check_integer(k, "k", 1)
-    if numbers.dtype == torch.bool: numbers = numbers.nonzero().flatten()
+    name, module = find_layer(model, layer)
     best, seen = None, 0
-    for x, y, _, M in layer_batches(model, dl, layer):
-        if len(numbers) and numbers.max() >= M.shape[1]:
-            raise ValueError(f"there is no channel {numbers.max()} in this layer: it has {M.shape[1]}, numbered from 0")
+    for x, y, _, M in layer_batches(model, dl, module):
+        _check_fit(numbers, M.shape[1], name)
         labels = torch.full((len(x),), -1) if y is None else torch.as_tensor(y).cpu()
         best = _keep_best(best, M[:, numbers].T, torch.arange(seen, seen + len(x)), labels, x.detach().cpu(), k)
         seen += len(x)
     if best is None: raise ValueError("the data loader is empty: pass one with at least one batch")
+    if numbers.dtype == torch.bool: numbers = numbers.nonzero().flatten()
     return StrongestImages(numbers, *best)
 
 def _keep_best(best, strength, indices, labels, images, k):

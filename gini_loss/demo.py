@@ -359,12 +359,13 @@ def _several_pairs_words(accuracy):
     from gini_loss.stats import paired_difference
     baseline, ours = (accuracy[k] for k in accuracy)
     d = paired_difference(ours, baseline)
-    low, high = (d.mean, d.mean) if math.isnan(d.low) else (d.low, d.high)
+    interval = "no interval, because all pairs differ alike"
+    if not math.isnan(d.low): interval = f"95% t interval {d.low:+.2f} to {d.high:+.2f}"
     verdict = "No difference is detected"
-    if not low <= 0 <= high: verdict = f"The second is {'better' if d.mean > 0 else 'worse'} on average"
+    if d.low > 0 or d.high < 0: verdict = f"The second is {'better' if d.mean > 0 else 'worse'} on average"
     each = ', '.join(f'{x:+.1f}' for x in d.differences)
-    return (f"Accuracy: {d.mean:+.2f} points on average over {d.n} pairs (95% t interval {low:+.2f} to {high:+.2f};"
-            f" pair by pair {each}). {verdict} with {d.n} seeds, one split and this data set.")
+    return (f"Accuracy: {d.mean:+.2f} points on average over {d.n} pairs ({interval}; pair by pair {each})."
+            f" {verdict} with {d.n} seeds, one split and this data set.")
 
 def _accuracy_words(result):
     "What the accuracies show and what they do not"
@@ -519,6 +520,7 @@ def _short(folder):
 
 def _new_folder(path):
     "Create the folder `path`, or path-2, path-3 ... if it is not empty. OSError if it is not writable"
+    if not path: raise ValueError("the folder for the results has an empty name: give a path, such as gini_demo_out")
     base, k = Path(path).expanduser().resolve(), 1
     while True:
         folder = base if k == 1 else base.with_name(f"{base.name}-{k}")

@@ -599,6 +599,7 @@ def laptop_markdown(
 ) -> str: # Markdown, '' without runs
     "The laptop study in one paragraph: what it is, what it found, and why it cannot answer the question"
     table = laptop_comparison(runs)
+    if len(table): table = table[table.verdict != 'not run']
     if not len(table): return ''
     found = ', '.join(f"{n} {'is' if n == 1 else 'are'} {v}" for v, n in table.verdict.value_counts().items())
     if (table.verdict == 'not detected').all(): found = 'none is detected'

@@ -35,6 +35,9 @@ class Inspection(NamedTuple):
     def right(self) -> torch.Tensor: # bool (N,)
         "Which images the model classifies correctly"
         if self.logits is None: raise ValueError("the model returned no logits (N, n): there is no class to compare")
+        if self.labels.numel() != len(self.logits):
+            raise ValueError(f"the labels of {len(self.logits)} images have shape {tuple(self.labels.shape)}: expected"
+                             " one class for each image, so compare the logits with them in your own way")
         return self.logits.argmax(1) == self.labels.reshape(-1)
 
 def inspect_layer(
@@ -207,9 +210,9 @@ def _bars(ax, named, n, classes):
     width, shown = .8/len(named), {}
     for i, (name, v) in enumerate(named.items()):
         color, label = _style(name, i)
-        at = torch.arange(n) + (i - (len(named) - 1)/2)*width
-        shown[_label(label, f"KL {v.kl:.3f}")] = ax.bar(at, v.feature_histogram.cpu(), width, color=color)
-    hY = v.label_histogram.cpu().tolist()
+        at = [k + (i - (len(named) - 1)/2)*width for k in range(n)]
+        shown[_label(label, f"KL {v.kl:.3f}")] = ax.bar(at, v.feature_histogram.tolist(), width, color=color)
+    hY = v.label_histogram.tolist()
     shown["labels"], = ax.step([k - .5 for k in range(n + 1)], [*hY, hY[-1]], where='post', color='k', lw=1)
     _class_ticks(ax, classes, n)
     ax.set_xlabel("class")

@@ -60,7 +60,11 @@ def mean_difference(
     confidence: float = 0.95, # confidence level of the interval
 ) -> PairedDifference:
     "Mean of paired differences, its t interval and two-sided t test; if all are equal, p = 1 and the interval is NaN"
+    differences = pd.Series(differences, dtype=float)
     mean, n = float(differences.mean()), len(differences)
+    if n < 2 or not np.isfinite(differences).all():
+        raise ValueError(f"differences must be at least 2 finite numbers, got {differences.tolist()}: leave out seeds "
+                         "without a partner")
     if np.ptp(differences) < 1e-9: # equal up to rounding; one image in 10,000 would be 0.01
         return PairedDifference(mean, np.nan, np.nan, n, differences, 1.)
     test = stats.ttest_1samp(differences, 0)

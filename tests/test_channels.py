@@ -473,6 +473,21 @@ def test_strongest_images_do_not_depend_on_the_batches():
         strongest_images(model, [x], [6], 'norm')
     with pytest.raises(ValueError, match='is empty'):
         strongest_images(model, [], [0], 'norm')
+    mask = torch.arange(6) == 3
+    assert strongest_images(model, [x], mask, 'norm').channels.tolist() == [3]
+    with pytest.raises(ValueError, match="mask of 4, layer 'norm' has 6"):
+        strongest_images(model, [x], mask[:4], 'norm')
+
+
+def test_an_empty_batch_has_an_empty_explanation():
+    model = Residual().eval()
+    e = explain(model, torch.rand(0, 3, 8, 8), uniform(6, 4), 'norm', k=2)
+    assert e.channels.shape == (0, 2) and e.maps.shape[:2] == (0, 2) and e.in_words() == []
+
+
+def test_a_target_by_its_name_is_refused():
+    with pytest.raises(ValueError, match="one class for each of the 2 inputs, got 'cat'"):
+        explain(Residual().eval(), torch.rand(2, 3, 8, 8), uniform(6, 4), 'norm', target='cat')
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,16 @@ def test_an_earlier_run_is_kept(tmp_path, monkeypatch, capsys):
     assert 'runs-3' in capsys.readouterr().out
 
 
+def test_an_empty_name_for_the_results_is_refused(tmp_path, monkeypatch, capsys):
+    "Else they would go beside the current folder"
+    (tmp_path / 'here').mkdir()
+    (tmp_path / 'here' / 'mine.txt').write_text('keep')
+    monkeypatch.chdir(tmp_path / 'here')
+    with pytest.raises(SystemExit):
+        main([*ARGS, '--out', ''])
+    assert 'empty name' in capsys.readouterr().err and [o.name for o in tmp_path.iterdir()] == ['here']
+
+
 def test_folder_of_class_folders(pictures, tmp_path, capsys):
     args = ['--data', str(pictures), '--size', '16', '--classes', 'red,blue', '--out', str(tmp_path / 'out')]
     assert main([*ARGS, *args]) == 0
@@ -145,7 +155,15 @@ def test_several_seeds():
     r = run_demo(**TINY, seeds=2)
     assert list(r.summary.seed) == [0, 0, 1, 1] and len(r.comparisons) == 2
     report = demo_report(r)
-    assert '2 pairs' in report and '+/-' in report and 't interval' in report
+    assert '2 pairs' in report and '+/-' in report and 'interval' in report
+
+
+def test_pairs_that_differ_alike_show_no_difference(tiny):
+    "One image more in each of two pairs has no spread to compare it with, so the rule says p = 1"
+    frames = [tiny.summary.assign(seed=seed, accuracy=[0.9, 0.91]) for seed in (0, 1)]
+    report = demo_report(tiny._replace(summary=pd.concat(frames), comparisons=2 * tiny.comparisons))
+    report = ' '.join(report.split())
+    assert '+1.00 points on average over 2 pairs (no interval' in report and 'No difference is detected' in report
 
 
 def test_summary_agrees_with_the_layers(tiny):

@@ -50,6 +50,14 @@ def test_values(net):
     assert layer_diagnostics(net, [(x, Y)]).gini == pytest.approx(seen.diagnostics.gini)
 
 
+def test_histograms_give_no_warning(d):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        bars = plot_histograms(dict(a=d, b=d)).patches
+    assert [b.get_height() for b in bars] == pytest.approx(2 * d.feature_histogram.tolist())
+    assert bars[0].get_x() == pytest.approx(-0.4) and bars[5].get_x() == pytest.approx(2)
+
+
 def test_frozen_batchnorm_stays_frozen(net):
     net.train()
     net.bn1.eval()
@@ -84,6 +92,9 @@ def test_targets_that_are_no_labels_and_models_without_logits():
         _ = seen.right
     with_column = inspect_layer(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), [(torch.rand(6, 4), Y)], '0')
     assert with_column.right.shape == (6,)
+    one_hot = inspect_layer(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), [(torch.rand(6, 4), torch.eye(3)[Y])], '0')
+    with pytest.raises(ValueError, match=r'labels of 6 images have shape \(6, 3\)'):
+        _ = one_hot.right
 
 
 # --- names

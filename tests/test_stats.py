@@ -675,6 +675,14 @@ def test_arms_refuse(change, arms, metric, message):
         compare_arms(runs, arms, 'ce', metric)
 
 
+@pytest.mark.parametrize('differences', [[], [1.0], [1, 2, np.nan], pd.Series([1, np.inf])])
+def test_a_mean_difference_needs_two_finite_numbers(differences):
+    "A seed without a partner is NaN in a difference of two Series, and would give the mean of the others"
+    with pytest.raises(ValueError, match='at least 2 finite numbers, got .* without a partner'):
+        mean_difference(differences)
+    assert mean_difference([1, 2, 3]).mean == 2
+
+
 def test_the_old_places_work_with_a_warning():
     from gini_loss import stats as old
 
