@@ -629,6 +629,14 @@ def test_a_checkpoint_with_another_number_in_its_header_is_named(stopped):
         load_checkpoint(path, c)
 
 
+def test_seconds_add_up_over_the_sessions(stopped):
+    c, folder, path = stopped
+    header, state = load_checkpoint(path, c)
+    save_checkpoint(path, {**header, 'seconds': 1000.0}, state)
+    seconds = run(c, folder)['seconds']
+    assert 1000 < seconds['training'] < 1000 + seconds['session'] and seconds['sessions'] == 2
+
+
 def test_foreign_checkpoint(stopped):
     c, folder, path = stopped
     other = replace(c, seed=1)
@@ -1140,6 +1148,12 @@ def test_a_compressed_state_is_not_unpacked(tmp_path):
             load_checkpoint(tmp_path / 'b.pt')
     finally:
         torch.load = monkey
+
+
+def test_a_tensor_that_states_more_than_is_stored_is_refused(tmp_path):
+    save_checkpoint(tmp_path / 'a.pt', {}, dict(a=[torch.zeros(1).expand(10**6)]))
+    with pytest.raises(CheckpointError, match='a.pt cannot be read'):
+        load_checkpoint(tmp_path / 'a.pt')
 
 
 def test_durations_are_never_negative(tmp_path, monkeypatch):
