@@ -310,6 +310,16 @@ def test_schedules():
     assert np.allclose(learn.epoch_log.columns['lr'], [0.01, 0.01, 0.01, 0.005, 0.005, 0.0025])
 
 
+def test_the_first_of_the_best_epochs_is_kept():
+    kept, model = engine.KeepBest(), torch.nn.Linear(1, 1)
+    for epoch, accuracy in enumerate((0.4, 0.5, 0.5, 0.3)):
+        torch.nn.init.constant_(model.weight, epoch)
+        log = types.SimpleNamespace(row=dict(valid_accuracy=accuracy))
+        kept.learn = types.SimpleNamespace(epoch=epoch, epoch_log=log, plain_model=model)
+        kept.after_epoch()
+    assert (kept.best_epoch, kept.accuracy, kept.weights['weight'].item()) == (1, 0.5, 1)
+
+
 # --- interruptions
 
 
@@ -389,20 +399,23 @@ def test_kill_9_at_random_points(tmp_path):
 
 def test_deadline_saves_before_it_stops(tmp_path, monkeypatch):
     "Also with few checkpoints, and if the first epoch takes much longer than the others"
-    c = small(epochs=50)
+    c, now = small(epochs=50), [0.0]
 
     class Slow(engine.Deadline):
         def before_epoch(self):
             super().before_epoch()
-            time.sleep(1.0 if self.learn.epoch == 0 else 0.05)
+            now[0] += 1.0 if self.learn.epoch == 0 else 0.2
 
     monkeypatch.setattr(engine, 'Deadline', Slow)
-    start = time.monotonic()
-    assert run(c, tmp_path, deadline=start + 4, checkpoint_every=1000) is None
-    first = read_checkpoint_header(tmp_path / 'checkpoints' / f'{c.run_id}.pt')['epoch']
-    assert first >= 1  # the long first epoch did not count as the usual one
-    assert run(c, tmp_path, deadline=time.monotonic() + 3, checkpoint_every=1000) is None
-    assert read_checkpoint_header(tmp_path / 'checkpoints' / f'{c.run_id}.pt')['epoch'] > first
+    clock = types.SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
+    monkeypatch.setattr(checkpoints, 'time', clock)
+
+    def last_epoch_before(deadline):
+        assert run(c, tmp_path, deadline=deadline, checkpoint_every=1000) is None
+        return read_checkpoint_header(tmp_path / 'checkpoints' / f'{c.run_id}.pt')['epoch']
+
+    assert last_epoch_before(2.0) == 4  # which ends at 1.8; the long first epoch did not count as the usual one
+    assert last_epoch_before(2.5) == 7  # which ends at 2.4
 
 
 def test_saving_takes_a_twentieth_of_the_time(tmp_path, monkeypatch):
