@@ -103,6 +103,7 @@ def test_compiled_with_fullgraph(kwargs, soft):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 11), reason="the exporter of an older torch fixes the size of the batch")
 @pytest.mark.parametrize('soft', [False, True])
 def test_exported_with_a_batch_of_any_size(soft):
     "The batch dimension stays dynamic"
