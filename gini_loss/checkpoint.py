@@ -214,6 +214,7 @@ def _check_progress(header, state, config):
     "ValueError if a run of `config` cannot have saved this header and state"
     missing = sorted({'epoch', 'seconds', 'sessions'} - set(header))
     if missing: raise ValueError(f"its header lacks {', '.join(missing)}")
+    if not isinstance(header.get('environments', []), list): raise ValueError("its environments are not a list")
     epoch = header['epoch']
     if epoch >= config.epochs:
         raise ValueError(f"it is of epoch {epoch}, but the epochs of this run are 0 to {config.epochs - 1}")
@@ -234,8 +235,11 @@ class Checkpoint(Callback):
         config: Config, # `Config` of the run
         every: int | None = None, # epochs between checkpoints; None: as many as keep saving below 5 % of the time
         limit: Any = None, # `Deadline` of the run: a checkpoint is saved when it is near
+        environment: dict | None = None, # hardware, versions and sources of this session, for the header
     ) -> None:
         self.path, self.config, self.every, self.limit = Path(path), config, every, limit
+        self.environment = environment
+        self.earlier: list[dict] = [] # the environments of earlier sessions that differ from it
         self.state: dict | None = None
         self.seconds, self.sessions, self._wait_until = 0., 1, 0.
 
@@ -248,6 +252,7 @@ class Checkpoint(Callback):
         except ValueError as e:
             raise CheckpointError(f"the checkpoint {self.path} cannot be of this run ({e}): {_ADVICE}") from None
         self.seconds, self.sessions = header['seconds'], header['sessions'] + 1
+        self.earlier = [o for o in header.get('environments', []) if o != self.environment]
         return header['epoch'] + 1
 
     def before_fit(self) -> None:
@@ -286,7 +291,7 @@ class Checkpoint(Callback):
         state = {name: part.state_dict() for name, part in self._parts().items()}
         state['columns'] = self.learn.epoch_log.columns
         header = dict(run_id=self.config.run_id, config=asdict(self.config), epoch=epoch, seconds=self.elapsed,
-                      sessions=self.sessions)
+                      sessions=self.sessions, environments=[*self.earlier, self.environment])
         try: save_checkpoint(self.path, header, state)
         except OSError as e:
             problem = f"epoch {epoch} was not saved to {self.path} ({e.strerror or e})"

@@ -206,13 +206,16 @@ def _given_path(root: str | Path, what: str) -> Path:
 # %% ../nbs/20_datasets.ipynb #c7a90d48
 def _download_cifar100():
     "CIFAR-100 in fastai's data folder, downloaded if it is missing"
-    try: return untar_data(URLs.CIFAR_100)
+    try: path = untar_data(URLs.CIFAR_100)
     except Exception as e:
         folder = fastai_path('data')
         raise FileNotFoundError(
             f"CIFAR-100 is not in {folder/'cifar100'} and cannot be downloaded from {URLs.CIFAR_100} "
             f"({describe_error(e)}): get it by hand, with a browser, and unpack it in {folder}, so that "
             f"{folder/'cifar100'} holds train and test; or pass the folder that holds these two as root") from e
+    missing = [name for name in ('train', 'test') if not (path/name).is_dir()]
+    if missing: raise FileNotFoundError(f"{path} lacks {' and '.join(missing)}: delete it to download it again")
+    return path
 
 def _cifar100_classes(path, wanted):
     "The folder of each class, {name: path}, in alphabetical order. With `wanted`, only those classes"
@@ -247,7 +250,7 @@ def load_cifar100(
     path = _download_cifar100() if root is None else _given_path(root, 'CIFAR-100')
     folders = _cifar100_folders(path, classes)
     files = {split: [_png_files(o) for o in folders[split].values()] for split in folders}
-    if root is None: _check_complete(path, files)
+    if root is None: _check_complete(path, files, 100 if classes is None else len(classes))
     sets = _cifar100_sets(path/f'{_cifar100_cache(classes)}.npz', folders, files)
     superclass_names = [o.parent.name for o in folders['train'].values()]
     superclasses = sorted(set(superclass_names))
@@ -263,13 +266,12 @@ def _cifar100_folders(path, wanted):
                          f"{', '.join(differ[:5])}")
     return folders
 
-def _check_complete(path, files):
-    "ValueError unless each class has the 500 training and 100 test images of CIFAR-100"
-    wrong = any(len(o) != n for split, n in (('train', 500), ('test', 100)) for o in files[split])
-    if not wrong: return
+def _check_complete(path, files, n_classes):
+    "ValueError unless all classes are there, each with the 500 training and 100 test images of CIFAR-100"
+    if all([len(o) for o in files[split]] == [n]*n_classes for split, n in (('train', 500), ('test', 100))): return
     train, test = (sum(map(len, files[split])) for split in ('train', 'test'))
     raise ValueError(f"{path} holds {train:,} training and {test:,} test images of {len(files['train'])} classes, "
-                     "expected 500 and 100 of each: delete the folder to download it again")
+                     f"expected 500 and 100 of each of {n_classes}: delete the folder to download it again")
 
 def _cifar100_sets(cache, folders, files):
     "Both sets, {'train_': ..., 'test_': ...}, from the cache or from the files"
@@ -355,6 +357,8 @@ def split_train_valid(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Sorted int64 indices of the training and of the validation images. ValueError if a class is too small"
     labels, seed, per_class = label_tensor(labels).cpu(), check_seed(seed), check_count(per_class, 'per_class')
+    if (labels < 0).any():
+        raise ValueError(f"labels must not be negative, got {int(labels.min())}: leave out images without a class")
     may_leave = torch.ones(len(labels), dtype=torch.bool)
     if images is not None:
         _check_same_length(images, labels)

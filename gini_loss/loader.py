@@ -27,6 +27,7 @@ from fastai.vision.data import get_grid
 from PIL import Image
 from .datasets import ImageSet, label_tensor, check_seed, load_cifar100, seeded_generator
 from .datasets import split_train_valid, to_rgb
+from .targets import is_integer
 
 # %% ../nbs/20b_loader.ipynb #ca60a789
 def crop_flip(
@@ -89,9 +90,9 @@ def _check_statistics(pair, channels):
     try: mean, std = (tuple(float(v) for v in o) for o in pair)
     except (TypeError, ValueError):
         raise ValueError(f"normalize must be True, False or a pair (mean, std), got {pair!r}") from None
-    if not (len(mean) == len(std) == channels and min(std) > 0):
-        raise ValueError(f"normalize must have a mean and a std above 0 for each of the {channels} channels, "
-                         f"got {mean} and {std}")
+    if not (len(mean) == len(std) == channels and min(std) > 0 and 0 <= min(mean) <= max(mean) <= 1):
+        raise ValueError(f"normalize must have a mean from 0 (black) to 1 (white) and a std above 0 for each of the "
+                         f"{channels} channels, got {mean} and {std}")
     return mean, std
 
 # %% ../nbs/20b_loader.ipynb #b002676c
@@ -119,6 +120,7 @@ class ImageDataset:
         if len(labels) != count: raise ValueError(f"{count} images but {len(labels)} labels: give one label per image")
         low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, -1)
         if vocab is None: vocab = [str(i) for i in range(high + 1)]
+        if len(set(vocab)) < len(vocab): raise ValueError(f"class names must differ, got {list(vocab)}")
         if low < 0 or high >= len(vocab): raise ValueError(f"labels must lie in 0..{len(vocab) - 1}, got {low}..{high}")
         return labels, vocab
 
@@ -139,11 +141,13 @@ class ImageDataset:
         return type(self)(images, None if self.labels is None else self.labels.to(device), self.vocab)
 
 # %% ../nbs/20b_loader.ipynb #4d7ec81a
-def _check_settings(bs, padding, flip, rotation, dtype):
-    if isinstance(bs, bool) or not isinstance(bs, int) or bs < 1:
+def _check_settings(bs, padding, flip, rotation, dtype, shard):
+    if isinstance(bs, bool) or not is_integer(bs) or bs < 1:
         raise ValueError(f"bs must be an int of at least 1, got {bs!r}")
-    if not isinstance(padding, int) or padding < 0:
+    if isinstance(padding, bool) or not is_integer(padding) or padding < 0:
         raise ValueError(f"padding must be an int of at least 0 pixels, got {padding!r}")
+    if not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"shard must be (process, number of processes), the first from 0 on, got {shard}")
     if not 0 <= flip <= 1: raise ValueError(f"flip must be a probability, from 0 to 1, got {flip!r}")
     if not 0 <= rotation <= 180: raise ValueError(f"rotation must be from 0 to 180 degrees, got {rotation!r}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -172,10 +176,10 @@ class DeviceLoader(DataLoader):
         shard: tuple[int, int] = (0, 1) # (i, k): this is process i of k, which gets every k-th image of each batch
     ) -> None:
         # fastai's __init__ is not called: it starts workers and draws from Python's global generator
-        _check_settings(bs, padding, flip, rotation, dtype)
+        _check_settings(bs, padding, flip, rotation, dtype, shard)
         self.dataset = dataset if isinstance(dataset, ImageDataset) else ImageDataset(dataset[0], dataset[1], vocab)
-        self.bs, self.shuffle, self.drop_last, self.seed = bs, shuffle, drop_last, check_seed(seed)
-        self.augment, self.padding, self.flip, self.rotation = augment, padding, flip, rotation
+        self.bs, self.shuffle, self.drop_last, self.seed = int(bs), shuffle, drop_last, check_seed(seed)
+        self.augment, self.padding, self.flip, self.rotation = augment, int(padding), flip, rotation
         self.dtype, self.channels_last, self.shard = dtype, channels_last, shard
         self.fixed_order = None if get_idxs is None else torch.as_tensor(list(get_idxs()), dtype=torch.int64)
         self.n = len(self.dataset) if self.fixed_order is None else len(self.fixed_order)
@@ -276,7 +280,7 @@ class DeviceLoader(DataLoader):
         return {k: getattr(self, k) for k in names}
 
     def load_state_dict(self, state: dict) -> None:
-        "Continue at the position in `state`. ValueError if it is from a loader with other batches"
+        "Continue at the position in `state`. ValueError if it is from a loader with another order or augmentation"
         own = self._settings_of_batches()
         missing = {'epoch', 'batch', *own} - set(state)
         if missing: raise ValueError(f"not the state of a DeviceLoader: {', '.join(sorted(missing))} missing")

@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 
 import gini_loss
-from .config import MAY_DIFFER, Config
+from .config import MAY_DIFFER, Config, parse_value
 from .datasets import CALTECH12
 from .files import digest, write_whole
 from .ranks import world_size
@@ -45,7 +45,8 @@ SCHEMA = dict( # the entries of a record and their types
     hardware=dict(device=_text, device_name=_text, cores=int, threads=int, processes=int),
     source=(dict, type(None)), versions=dict(python=_text, torch=_text, fastai=_text, gini_loss=_text),
     finished=_text, epochs=dict.fromkeys(_EPOCHS, list))
-_OPTIONAL = dict(layer_train=_LAYER) # checked if present: older records lack it
+# checked if present: older records lack the first; `earlier` has the environments of earlier sessions that differ
+_OPTIONAL = dict(layer_train=_LAYER, earlier=list)
 
 class RecordError(ValueError): "A file among the records is not a valid record; the message names it and says why"
 class PredictionsMissing(RecordError, FileNotFoundError): "The file of predictions of a record is missing"
@@ -69,7 +70,8 @@ def _check_names(record, config):
     for name in ('run_id', 'config_hash', 'pair_hash'):
         said, computed = record[name], getattr(config, name)
         if said == computed: continue
-        raise ValueError(f"its {name} is {said}, but its configuration has {computed}: it was edited")
+        raise ValueError(f"its {name} is {said}, but its configuration has {computed}: it was edited, or "
+                         "a version with other defaults wrote it")
 
 def _check_epochs(record, config):
     for name, column in record['epochs'].items():
@@ -88,6 +90,8 @@ def check_record(
         raise ValueError(f"its format is {record.get('format')!r}, expected {RECORD_FORMAT}: "
                          "it is not a record, or a later version of gini_loss wrote it")
     _check_type(record, {**SCHEMA, **{k: v for k, v in _OPTIONAL.items() if k in record}}, '')
+    sessions = {name: SCHEMA[name] for name in ('hardware', 'versions', 'source')}
+    for i, session in enumerate(record.get('earlier', [])): _check_type(session, sessions, f'earlier.{i}')
     try: config = Config(**record['config'])
     except (TypeError, ValueError) as e: raise ValueError(f"its configuration is not valid: {e}") from None
     _check_names(record, config)
@@ -358,9 +362,15 @@ def _row(record, config, file, path):
         layer_gini=layer['gini'], layer_kl=layer['kl'], dead_channels=layer['dead_channels'],
         layer_train_gini=train.get('gini', math.nan), layer_train_kl=train.get('kl', math.nan),
         training_seconds=seconds if seconds is None or seconds >= 0 else math.nan, # unknown if the clock was set back
-        device=r['hardware']['device'], device_name=r['hardware']['device_name'], torch_version=r['versions']['torch'],
-        commit=(r.get('source') or {}).get('commit'), finished=r['finished'],
+        device=_over_sessions(r, 'hardware', 'device'), device_name=_over_sessions(r, 'hardware', 'device_name'),
+        torch_version=_over_sessions(r, 'versions', 'torch'), commit=_over_sessions(r, 'source', 'commit'),
+        finished=r['finished'],
         config_hash=r['config_hash'], pair_hash=r['pair_hash'], file=str(file))
+
+def _over_sessions(record, part, name):
+    "An entry of the environment; ' + ' joins its values if the sessions of a run differ"
+    found = [(session.get(part) or {}).get(name) for session in (*record.get('earlier', []), record)]
+    return ' + '.join(dict.fromkeys(value for value in found if value is not None)) or None
 
 def _columns():
     def nothing(keys): return dict.fromkeys(keys)
@@ -370,7 +380,7 @@ def _columns():
 
 # %% ../nbs/24_records.ipynb #1f809301
 def config_of(
-    run: pd.Series, # a row of the frame of `load_results`
+    run: pd.Series, # a row of the frame of `load_results`, also of one that was saved as CSV
 ) -> Config:
     "The `Config` of a run, from its row"
     def plain(name, value):
@@ -378,7 +388,7 @@ def config_of(
         if isinstance(kind, types.UnionType):
             if value is None or value != value: return None
             kind = typing.get_args(kind)[0]
-        return kind(value)
+        return parse_value(name, value) if isinstance(value, str) else kind(value)
     return Config(**{name: plain(name, run[name]) for name in Config.__annotations__ if name in run.index})
 
 # %% ../nbs/24_records.ipynb #154f4abd

@@ -55,7 +55,7 @@ from .loader import CIFAR100_MEAN, CIFAR100_STD, DeviceLoader, ImageDataset, dev
 from .losses import GiniKLLoss, diagnostics, pool
 from .ranks import rank, same_on_all_ranks, sum_over_ranks, world_size
 from .records import (
-    RECORD_FORMAT, RecordError, environment, find_record, read_record, seal_record, source_commit, write_record)
+    RECORD_FORMAT, RecordError, environment, find_record, read_record, seal_record, write_record)
 from .rivals import OBJECTIVES, Rival
 from .tap import FeatureTap, find_channel_dim
 
@@ -79,6 +79,15 @@ def _synthetic(n_classes=10, size=32):
         return ImageSet(((patterns[labels] + noise)*127.5).byte(), labels)
     return draw(60), draw(10), [f'pattern {i}' for i in range(n_classes)]
 
+def _draw_training(train, labels, config):
+    "The indices `train`, or those of `train_per_class` images of each class. ValueError if a class has fewer"
+    wanted, smallest = config.train_per_class, int(labels.bincount().min())
+    if wanted is None or wanted == smallest: return train
+    if wanted > smallest:
+        raise ValueError(f"train_per_class={wanted}, but a class has only {smallest} training images: lower it, or use "
+                         "None for all")
+    return train[split_train_valid(labels, wanted, config.split_seed)[1]]
+
 def load_images(
     config: Config, # `Config` with the data, the split and the number of training images
     root: str | Path | None = None, # folder of CIFAR-100, see `load_cifar100`; None: fastai's data folder
@@ -90,8 +99,7 @@ def load_images(
     else: pool_set, test, classes = _synthetic()
     images, labels = pool_set
     train, valid = split_train_valid(labels, config.valid_per_class, config.split_seed, images=images)
-    if config.train_per_class is not None and config.train_per_class < int(labels[train].bincount().min()):
-        train = train[split_train_valid(labels[train], config.train_per_class, config.split_seed)[1]]
+    train = _draw_training(train, labels[train], config)
     return ImageSet(images[train], labels[train]), ImageSet(images[valid], labels[valid]), test, list(classes)
 
 # %% ../nbs/23c_train.ipynb #dc9d099b
@@ -665,8 +673,9 @@ def _record(job, learn, caltech, checkpoint, start):
         best=dict(epoch=best.best_epoch, valid_accuracy=best.accuracy, **best_numbers),
         layer=layer_numbers, layer_train=train_numbers,
         seconds=dict(training=seconds, session=seconds_since(start), sessions=checkpoint.sessions),
-        **environment(job.device), finished=datetime.now(timezone.utc).isoformat(timespec='seconds'),
+        **checkpoint.environment, finished=datetime.now(timezone.utc).isoformat(timespec='seconds'),
         memory_bytes=torch.cuda.max_memory_allocated(job.device) if job.device.type == 'cuda' else None, epochs=columns)
+    if checkpoint.earlier: record['earlier'] = checkpoint.earlier
     kept = {f'last_{k}': v for k, v in arrays.items()} | {f'best_{k}': v for k, v in best_arrays.items()} | layer_arrays
     return json.loads(seal_record(record, kept)[0]), kept
 
@@ -713,7 +722,7 @@ def _write_or_rescue(job, record, arrays):
 def _move_rescued_record(job):
     "Move a record that an earlier session had to write beside the checkpoint to the results"
     left = job.path.with_suffix('.json')
-    if not left.is_file(): return
+    if not left.is_file() or left.parent.resolve() == job.folder.resolve(): return
     try: read_record(str(left))
     except RecordError as e:
         warnings.warn(f"{e}. The file is not touched, and the run is trained")
@@ -725,10 +734,10 @@ def _move_rescued_record(job):
 # %% ../nbs/23c_train.ipynb #370cbf5b
 def _train(job):
     "Train or continue the run, evaluate it and write its record. None if the deadline came first"
-    start, _ = time.perf_counter(), source_commit()
+    start = time.perf_counter()
     dls, caltech = _load(job)
     limit = Deadline(job.deadline)
-    checkpoint = Checkpoint(job.path, job.config, job.every, limit)
+    checkpoint = Checkpoint(job.path, job.config, job.every, limit, environment(job.device))
     watchers: list[Callback] = [Progress(job.config.run_id)] if job.verbose else []
     if job.log is not None and rank() == 0: watchers.append(RunLog(job.log, job.log_folder, job.config))
     learn = build_learner(job.config, dls, [checkpoint, limit, *watchers], job.cuda_graphs)
@@ -766,7 +775,8 @@ def _recorded(job):
 def _prepare_folders(job, restart):
     "With the lock held: remove what killed processes left, and look again for a record, in case another wrote it"
     if rank() == 0:
-        remove_leftovers(job.path.parent, f'{job.path.name}.*.tmp')
+        for folder in (job.path.parent, job.folder, *([job.weights] if job.weights else [])):
+            remove_leftovers(folder, f'{job.config.run_id}.*.tmp')
         if restart: job.path.unlink(missing_ok=True)
         else: _move_rescued_record(job)
     found, _ = _recorded(job)
@@ -797,6 +807,7 @@ def train(
     where = find_device(device)
     _check_options(config, where, checkpoint_every, weights, log)
     if cuda_graphs: _check_cuda_graphs(config, where)
+    if folder is not None: _check_folder(Path(folder))
     job = _Job(
         config, where, results=Path(results), folder=Path(results)/(folder or ''),
         path=Path(checkpoints)/f'{config.run_id}.pt', data_root=data_root, caltech_root=caltech_root,
@@ -821,6 +832,12 @@ def _check_cuda_graphs(config, device):
     if device.type != 'cuda': raise ValueError(f"cuda_graphs needs a GPU, got the device {str(device)!r}: leave it out")
     if config.compile: raise ValueError("cuda_graphs and compile=True exclude each other: choose one")
     if world_size() > 1: raise ValueError(f"cuda_graphs works in one process, not in {world_size()}: leave it out")
+
+def _check_folder(folder):
+    "ValueError for a folder in which `find_record` would not look"
+    if folder.is_absolute() or any(part.startswith('.') for part in folder.parts):
+        raise ValueError(f"folder={str(folder)!r}: expected a path below results, without hidden folders, "
+                         "because records are looked for there")
 
 def _check_options(config, device, checkpoint_every, weights, log):
     "Raise an error for options that cannot work, before training"
@@ -928,7 +945,8 @@ def main(
         if not args.show: return _run(args, config)
         print(json.dumps(dict(run_id=config.run_id, **asdict(config)), indent=1))
         return 0
-    except (ValueError, TypeError, RunLocked, CheckpointError, OSError, ImportError, torch.OutOfMemoryError) as e:
+    except (ValueError, TypeError, RunLocked, CheckpointError, OSError, ImportError, MemoryError,
+            torch.OutOfMemoryError) as e:
         print(f'gini_train: {describe_error(e)}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import shutil
 import struct
 import subprocess
 import sys
@@ -303,6 +304,21 @@ def test_a_failed_download_says_from_where_to_where_and_how_by_hand(tmp_path, mo
         assert part in str(e.value)
 
 
+@pytest.mark.parametrize('lack', ['test', 'all but two classes'])
+def test_a_download_that_broke_off_is_to_be_deleted(tmp_path, monkeypatch, lack):
+    root = tmp_path / 'cifar100'
+    for split, n in (('train', 500), ('test', 100)):
+        for k in range(2):
+            (root / split / 'things' / f'class{k}').mkdir(parents=True)
+            for i in range(n):
+                (root / split / 'things' / f'class{k}' / f'{i}.png').touch()
+    if lack == 'test':
+        shutil.rmtree(root / 'test')
+    monkeypatch.setattr(datasets, 'untar_data', lambda *args, **kwargs: root)
+    with pytest.raises((FileNotFoundError, ValueError), match='cifar100 (lacks test|holds).*to download it again'):
+        load_cifar100()
+
+
 def test_an_old_torchvision_is_not_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.metadata, 'version', lambda name: '0.23.1+cpu')
     with pytest.raises(FileNotFoundError, match=r'0\.23\.1\+cpu.*0\.24 has the new one.*by hand'):
@@ -504,6 +520,8 @@ def test_split_errors():
         split_train_valid([0, 1], per_class=0)
     with pytest.raises(TypeError, match='integers'):
         split_train_valid([0.0, 1.0])
+    with pytest.raises(ValueError, match='must not be negative, got -1'):
+        split_train_valid([0, 0, -1], per_class=1)
     with pytest.raises(ValueError, match='one dimension'):
         split_train_valid(torch.zeros(3, 2, dtype=torch.int64))
     with pytest.raises(TypeError, match='seed'):

@@ -219,7 +219,9 @@ def test_old_arguments_mean_and_std_warn_and_work():
         assert (dl.mean, dl.std) == ((0.1,) * 3, (0.5,) * 3)
 
 
-@pytest.mark.parametrize('pair', [(0, 1), ((0,), (1,)), ((0,) * 3, (1, 1, 0)), ((0,) * 3, (1,) * 3, 2), 'no'])
+@pytest.mark.parametrize(
+    'pair', [(0, 1), ((0,), (1,)), ((0,) * 3, (1, 1, 0)), ((0,) * 3, (1,) * 3, 2), 'no', ((125,) * 3, (60,) * 3)]
+)
 def test_statistics_that_do_not_fit_are_refused(pair):
     with pytest.raises(ValueError, match='normalize'):
         DeviceLoader(make_set(10), normalize=pair)
@@ -346,7 +348,11 @@ def test_loader_errors():
     for kwargs, match in (
         (dict(bs=0), 'bs'),
         (dict(bs=2.0), 'bs'),
+        (dict(bs=True), 'bs'),
         (dict(padding=-1), 'padding'),
+        (dict(shard=(2, 1)), 'shard'),
+        (dict(shard=(-1, 2)), 'shard'),
+        (dict(vocab=['a'] * 3), 'must differ'),
         (dict(flip=1.5), 'flip'),
         (dict(rotation=-1), 'rotation'),
         (dict(bs=11, drop_last=True), 'no batch of 10'),
@@ -360,6 +366,12 @@ def test_loader_errors():
         DeviceLoader((images, labels)).set_epoch(-1)
     with pytest.raises(ValueError, match='no batch'):
         DeviceLoader((images[:0], labels[:0])).one_batch()
+
+
+def test_numbers_of_numpy_are_numbers():
+    images, labels = make_set(10)
+    dl = DeviceLoader((images, labels), bs=np.int64(4), padding=np.int32(1), seed=np.int64(0))
+    assert len(dl) == 3 and {type(dl.state_dict()[name]) for name in ('bs', 'padding', 'seed')} == {int}
 
 
 def test_shares_of_several_processes_are_the_batch():

@@ -4,6 +4,7 @@ import io, json, mmap, re, shutil, struct, warnings, zipfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -423,6 +424,30 @@ def test_hidden_files_and_folders_are_passed_over(tmp_path):
 
 
 # ---- the clock
+
+
+def test_a_configuration_survives_csv(tmp_path):
+    "Also those with tuples, words and no values"
+    configs = [small(milestones=(1, 3), layer='layer3'), recipe('twelve', seed=3), small(milestones=(), loss='ce')]
+    for config in configs:
+        put(tmp_path, config)
+    load_results(tmp_path).to_csv(tmp_path / 'runs.csv', index=False)
+    runs = pd.read_csv(tmp_path / 'runs.csv')
+    assert {config_of(run).run_id for _, run in runs.iterrows()} == {config.run_id for config in configs}
+
+
+def test_a_run_that_moved_names_all_it_ran_on(tmp_path):
+    record, arrays = made_up_record(small(), device='second')
+    other = {**record, 'source': dict(commit='0' * 40), 'hardware': {**record['hardware'], 'device_name': 'first'}}
+    record['earlier'] = [{name: other[name] for name in ('hardware', 'versions', 'source')}]
+    record['source'] = dict(commit='1' * 40)
+    write_record(tmp_path, record, arrays)
+    run = load_results(tmp_path).iloc[0]
+    assert (run.device_name, run.device, run.commit) == ('first + second', 'cpu', '0' * 40 + ' + ' + '1' * 40)
+    record['earlier'] = [dict(hardware='another')]
+    write_record(tmp_path, record, arrays)
+    with pytest.raises(RecordError, match='earlier.0.hardware must be an object'):
+        load_results(tmp_path)
 
 
 def test_durations_are_never_negative(tmp_path):

@@ -323,6 +323,16 @@ def test_the_first_of_the_best_epochs_is_kept():
 # --- interruptions
 
 
+def stop_after_each_epoch(monkeypatch):
+    class Stop(engine.Deadline):
+        def before_epoch(self):
+            if self.learn.epoch > self.learn.first_epoch:
+                self.stop()
+            super().before_epoch()
+
+    monkeypatch.setattr(engine, 'Deadline', Stop)
+
+
 @pytest.mark.parametrize(
     'changes',
     [
@@ -336,20 +346,24 @@ def test_stopped_after_each_epoch(tmp_path, monkeypatch, changes):
     "A run that is stopped after each epoch and continued by a new learner ends like an uninterrupted one"
     c = small(**changes)
     run(c, tmp_path / 'whole')
-
-    class Stop(engine.Deadline):
-        def before_epoch(self):
-            if self.learn.epoch > self.learn.first_epoch:
-                self.stop()
-            super().before_epoch()
-
-    monkeypatch.setattr(engine, 'Deadline', Stop)
+    stop_after_each_epoch(monkeypatch)
     for _ in range(c.epochs - 1):
         assert run(c, tmp_path / 'parts') is None
     record = run(c, tmp_path / 'parts')
     assert record['seconds']['sessions'] == c.epochs
     assert_same(c, tmp_path / 'whole', tmp_path / 'parts')
     assert not list((tmp_path / 'parts' / 'checkpoints').iterdir())
+
+
+def test_a_run_that_goes_on_elsewhere_says_where_it_was(tmp_path, monkeypatch):
+    "The record has the environment of its last session, and of earlier ones those that differ, each once"
+    here, commits = engine.environment('cpu'), iter(['a' * 40, 'a' * 40, 'b' * 40])
+    monkeypatch.setattr(engine, 'environment', lambda device: {**here, 'source': dict(commit=next(commits))})
+    stop_after_each_epoch(monkeypatch)
+    assert run(small(), tmp_path) is None and run(small(), tmp_path) is None
+    record = run(small(), tmp_path)
+    assert record['source'] == dict(commit='b' * 40)
+    assert record['earlier'] == [{**here, 'source': dict(commit='a' * 40)}]
 
 
 def test_stopped_within_an_epoch(tmp_path, monkeypatch):
@@ -610,6 +624,37 @@ def stopped(tmp_path, monkeypatch):
         m.setattr(engine, 'Deadline', Stop)
         assert run(c, tmp_path) is None
     return c, tmp_path, tmp_path / 'checkpoints' / f'{c.run_id}.pt'
+
+
+def test_records_and_checkpoints_in_one_folder(tmp_path):
+    "A record that is there already is not one that was rescued"
+    record = train(small(), tmp_path, tmp_path, verbose=False, device='cpu')
+    (tmp_path / f'{small().run_id}.pt').write_bytes(b'killed before this was removed')
+    assert train(small(), tmp_path, tmp_path, verbose=False, device='cpu') == record
+    assert sorted(o.suffix for o in tmp_path.iterdir()) == ['.json', '.npz']
+
+
+def test_what_a_killed_process_left_is_removed_everywhere(tmp_path):
+    left = [tmp_path / folder / f'{small().run_id}.x.999999999.0.tmp' for folder in ('results', 'checkpoints', 'nets')]
+    for file in left:
+        file.parent.mkdir()
+        file.touch()
+    run(small(epochs=1), tmp_path, weights=tmp_path / 'nets')
+    assert all(file.exists() for file in left)  # of another run
+    run(small(), tmp_path, weights=tmp_path / 'nets')
+    assert not any(file.exists() for file in left)
+
+
+@pytest.mark.parametrize('folder', ['../elsewhere', '.hidden', Path('/elsewhere').absolute()])
+def test_a_record_goes_where_it_is_found_again(tmp_path, folder):
+    with pytest.raises(ValueError, match='expected a path below results'):
+        run(small(), tmp_path, folder=folder)
+
+
+def test_more_images_than_there_are(tmp_path):
+    with pytest.raises(ValueError, match='train_per_class=57, but a class has only 56'):
+        engine.load_images(small(train_per_class=57))
+    assert len(engine.load_images(small(train_per_class=56))[0].labels) == 560
 
 
 def test_damaged_checkpoints_are_named(stopped):
