@@ -110,10 +110,17 @@ class GiniColumns(Callback):
     order = 51
     def __init__(self, terms: 'GiniLossCallback') -> None: self.terms = terms
     def before_fit(self) -> None:
+        if self.terms.learn is not self.learn: return self._check_removed()
         recorder = _recorder(self.learn)
         if recorder is None: return
         end = len(recorder.metric_names) - bool(recorder.add_time)
         for i, name in enumerate(self.terms.columns): recorder.metric_names.insert(end + i, name)
+
+    def _check_removed(self):
+        "Raise if the callback is here but works in another `Learner`: this one would train without the terms"
+        if self.learn.lock.locked() or self.terms not in self.learn.cbs: return
+        raise RuntimeError("this GiniLossCallback was given to another Learner after this one, and works only there:"
+                           " make a GiniLossCallback for each Learner")
 
 # %% ../nbs/11_callback.ipynb #7b3366d8
 @contextmanager
@@ -156,7 +163,7 @@ class CompiledMeasure:
 
 # %% ../nbs/11_callback.ipynb #d1a63620
 def _gradients(loss, at):
-    "Gradient of a scalar at each tensor: zeros where it does not depend on it, `None` where the tensor has no graph"
+    "Gradient of a scalar at each tensor; `None` where it was not computed from it, or the tensor has no graph"
     with_graph = [A for A in at if A.requires_grad]
     if not with_graph or not loss.requires_grad: return [None]*len(at)
     found = iter(_unscaled_gradients(loss, with_graph))
@@ -167,12 +174,12 @@ def _unscaled_gradients(loss, at):
     half = any(A.dtype == torch.float16 for A in at)
     for scale in ((2.**15, 2.**8) if half else ()):
         found = _scaled_gradients(loss, at, scale)
-        if all(bool(g.isfinite().all()) for g in found): return found
+        if all(g is None or bool(g.isfinite().all()) for g in found): return found
     return _scaled_gradients(loss, at, 1.)
 
 def _scaled_gradients(loss, at, scale):
-    found = torch.autograd.grad(loss*scale, at, retain_graph=True, materialize_grads=True)
-    return [in_double(g.as_subclass(torch.Tensor))/scale for g in found]
+    found = torch.autograd.grad(loss*scale, at, retain_graph=True, allow_unused=True)
+    return [g if g is None else in_double(g.as_subclass(torch.Tensor))/scale for g in found]
 
 def _uncompiled_pass(learn, taps):
     "The main loss of the batch and the activations, from a forward pass that does not change the model"
@@ -216,6 +223,8 @@ def _check_prior(class_prior, n_classes):
     elif class_prior not in ('batch', 'train'):
         raise ValueError(f"class_prior={class_prior!r} is not known: use 'batch', 'train' or a tensor (n,)")
 
+_NO_PULL = ("its pulls are nan, because the main loss was not computed from the activations: select must return a tensor"
+            " of the output itself, not a part or a copy of one, and the model must use it")
 _NO_GRADIENT = ("its output has no gradient, so the terms have no effect: all that comes before it is frozen or detached:"
                 " unfreeze it, or name a later layer")
 
@@ -282,9 +291,12 @@ class GiniLossCallback(Callback):
     def learn(self): return self._learn
     @learn.setter
     def learn(self, learn):
-        if self._learn is not None: self._learn.remove_cb(self._namer)
-        self._learn = learn
-        if learn is not None: learn.add_cb(self._namer)
+        before, self._learn = self._learn, learn
+        if learn is before: return
+        if learn is None: before.remove_cb(self._namer)
+        else:
+            if before is not None: self._namer = GiniColumns(self)      # the one in the former learner raises there
+            learn.add_cb(self._namer)
 
     # --- around the loop
     def before_fit(self):
@@ -425,6 +437,7 @@ class GiniLossCallback(Callback):
         for layer, A, g in zip(self._layers, at, _gradients(loss, at)):
             terms = layer.term_norms(A, y, mask)
             main = terms[0]*float('nan') if g is None else g.square().sum()
+            if g is None and A.requires_grad: self._warn_once(layer, 'no pull', _NO_PULL)
             squares = torch.stack([main, *terms])
             if layer.loss.distributed and world_size() > 1: squares = sum_over_ranks(squares)
             found.append(list(squares.sqrt()))

@@ -193,6 +193,21 @@ def test_a_copy_made_within_a_fit_is_a_learner_like_any_other():
     assert fit(twin)[1:] == learn.recorder.metric_names[1:]
 
 
+def test_one_callback_in_two_learners():
+    "In the last one that it was given to it works; the other one could not train on its terms and says so"
+    cb = GiniLossCallback(start_epoch=0)
+    first = get_learner(cb)
+    fit(first)
+    second = get_learner(cb)
+    for _ in range(2):
+        assert 'train_gini' in fit(second)
+        with pytest.raises(RuntimeError, match="make a GiniLossCallback for each Learner"):
+            fit(first)
+        assert len(first.validate()) == 1  # evaluation has no terms
+    first.remove_cb(cb)
+    assert 'train_gini' not in fit(first)
+
+
 # ---- The columns ----
 
 
@@ -372,6 +387,15 @@ def test_the_pull_on_layers_that_do_not_learn():
         p.requires_grad_(False)
     fit(frozen)
     assert np.isnan(pulls(frozen)).all()
+
+
+def test_the_pull_where_the_main_loss_was_not_computed_from_what_is_tapped():
+    "Not infinite: `select` returned a copy, so its gradient is unknown. The terms work as ever"
+    cb = GiniLossCallback('3', start_epoch=0, pull=True, select=lambda A: A[:, :8])
+    with pytest.warns(UserWarning, match="layer '3', epoch 0: its pulls are nan, because the main loss") as told:
+        fit(learn := get_learner(cb), 2)
+    assert sum('pulls are nan' in str(w.message) for w in told) == 1
+    assert np.isnan(pulls(learn)).all() and 0 < row(learn)['train_gini'] < 1
 
 
 # ---- Layers without a gradient ----
