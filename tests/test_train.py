@@ -296,6 +296,22 @@ def test_random_state_of_the_caller_is_left_alone(tmp_path):
     assert torch.equal(drawn, torch.rand(1))
 
 
+@pytest.mark.parametrize('optimizer', ['adam', 'adamax', 'sgd'])
+def test_what_the_configuration_says_reaches_the_optimizer_the_schedule_and_the_loader(optimizer):
+    schedule = dict(schedule='plateau', factor=0.25, patience=7, threshold=0.03)
+    augmentation = dict(padding=2, flip=0.25, rotation=9.0)
+    momentum = dict(momentum=0.3) if optimizer == 'sgd' else {}
+    c = small(optimizer=optimizer, weight_decay=0.02, **momentum, **schedule, **augmentation)
+    learn = build_learner(c, build_dls(c, device='cpu'))
+    learn.fit(1)
+    group, scheduler = learn.opt.opt.param_groups[0], learn.learning_rate.scheduler
+    assert type(learn.opt.opt).__name__.lower() == optimizer and len(learn.opt.opt.param_groups) == 1
+    assert {k: group[k] for k in ('lr', 'weight_decay', *momentum)} == dict(lr=c.lr, weight_decay=0.02, **momentum)
+    assert (scheduler.factor, scheduler.patience, scheduler.threshold) == (0.25, 7, 0.03)
+    assert {k: getattr(learn.dls.train, k) for k in augmentation} == augmentation and learn.dls.train.augment
+    assert not learn.dls.valid.augment
+
+
 # --- schedules
 
 
@@ -308,6 +324,12 @@ def test_schedules():
     learn = build_learner(c, build_dls(c, device='cpu'))
     learn.fit(6)
     assert np.allclose(learn.epoch_log.columns['lr'], [0.01, 0.01, 0.01, 0.005, 0.005, 0.0025])
+
+
+def test_the_total_has_the_terms_from_their_first_epoch_on(tmp_path):
+    epochs = run(small(start_epoch=1, lambda_gini=0.5, lambda_kl=2.0), tmp_path)['epochs']
+    loss, gini, kl = (np.array(epochs[f'train_{name}']) for name in ('loss', 'gini', 'kl'))
+    assert epochs['train_total'] == pytest.approx(loss + np.array([0, 1, 1]) * (0.5 * gini + 2 * kl))
 
 
 def test_the_first_of_the_best_epochs_is_kept():
