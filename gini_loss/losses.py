@@ -220,7 +220,7 @@ def pull(
     leaf = in_double(A.detach()).requires_grad_()           # half precision would lose small gradients
     gini, kl = GiniKLLoss(**options).terms(leaf, y, mask)   # of all processes; `loss` is of this one
     gradients = gradient_at(A, loss), gradient_at(leaf, gini), gradient_at(leaf, kl)
-    return Pull(*(in_double(g).norm().item() for g in gradients))
+    return Pull(*(g.norm().item() for g in gradients))
 
 # %% ../nbs/05_total_loss.ipynb #98aaa0a5
 class Diagnostics(NamedTuple):

@@ -430,17 +430,20 @@ def check_settings(rectify: Any, channel_dim: Any) -> tuple[str, Any]:
     return rectify, channel_dim
 
 def gradient_at(A: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-    "Gradient of `loss` with respect to the activations; its graph is kept. Raises an error if it does not depend on them"
+    "Gradient of `loss` at the activations, in float64; its graph is kept. Raises an error if it does not depend on them"
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}: call .mean()" if isinstance(loss, torch.Tensor) else type(loss).__name__
         raise ValueError(f"loss must be a scalar tensor, got {got}")
-    gradient = None
-    if A.requires_grad and loss.requires_grad:
-        gradient, = torch.autograd.grad(loss, A, retain_graph=True, allow_unused=True)
-    if gradient is None:
-        raise ValueError("loss was not computed from these activations: pass the layer's output itself, from the same"
-                         " forward pass, not a detached or converted copy")
-    return gradient
+    scales = (2.**15, 2.**8, 1.) if A.dtype == torch.float16 else (1.,)    # small gradients would be zero in float16
+    for scale in scales:
+        gradient = None
+        if A.requires_grad and loss.requires_grad:
+            gradient, = torch.autograd.grad(loss*scale, A, retain_graph=True, allow_unused=True)
+        if gradient is None:
+            raise ValueError("loss was not computed from these activations: pass the layer's output itself, from the"
+                             " same forward pass, not a detached or converted copy")
+        if gradient.isfinite().all(): break
+    return in_double(gradient)/scale
 
 def check_weight(value: Any, name: str) -> float:
     "A weight of Eq. 8 as a float. Raises an error if it is negative or not finite"

@@ -556,6 +556,20 @@ def test_pull_is_the_norm_of_each_gradient(dtype):
     assert p._fields == ('main', 'gini', 'kl') and p == pytest.approx((expected, gini, kl), rel=1e-12)
 
 
+@pytest.mark.parametrize('size', [1e-6, 1.0, 1e4])
+def test_pull_of_a_main_loss_in_half_precision(size):
+    "Gradients that float16 cannot hold unscaled are not lost, and large ones do not overflow"
+    W = torch.randn(6, 4)
+    A, y = torch.randn(64, 6, 8, 8).half().requires_grad_(), torch.randint(0, 4, (64,))
+
+    def main(A):
+        return size * torch.nn.functional.cross_entropy(A.float().mean((2, 3)) @ W, y)
+
+    B = A.detach().float().requires_grad_()
+    (expected,) = torch.autograd.grad(main(B), B)
+    assert pull(A, y, main(A)).main == pytest.approx(expected.norm().item(), rel=1e-3)
+
+
 def test_pull_where_gradients_are_off():
     "As in code that logs: the graph of the main loss is there, and that of the terms is made"
     A, y = torch.rand(6, 4, requires_grad=True), torch.arange(6) % 3
