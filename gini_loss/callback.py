@@ -44,7 +44,7 @@ def mixed_targets(
     "Targets of the batch of a `Learner`, mixed as its `MixUp` or `CutMix` callback mixed them; labels as int64 (m,)"
     y, = learn.yb
     for cb in learn.cbs:
-        if isinstance(cb, MixHandler) and getattr(cb, 'stack_y', False) and hasattr(cb, 'yb1'):
+        if isinstance(cb, MixHandler) and cb.run and getattr(cb, 'stack_y', False) and hasattr(cb, 'yb1'):
             return MixedTargets(*(t.as_subclass(torch.Tensor) for t in (y, cb.yb1[0])), cb.lam)
     return y.reshape(-1).long() if _is_labels(y) else y
 

@@ -85,7 +85,8 @@ def find_problems(
     channel_dim: int = 1, # the dimension that was used for the channels
 ) -> list[Finding]:
     "Why the terms had no effect on the layer in an epoch; an empty list if no reason is found"
-    found = []
+    found: list[Finding] = []
+    if not seen.images: return found
     if seen.dead > seen.channels/2: found.append(Finding('dead', _DEAD.format(seen.dead, seen.channels)))
     if not trained or seen.dead == seen.channels: return found
     usable, gini, flat, one = seen.signs()

@@ -153,12 +153,13 @@ def _has_parameters(module): return next(module.parameters(), None) is not None
 def _has_own_parameters(module): return next(module.parameters(recurse=False), None) is not None
 
 def _is_head(name, module, inside=False):
-    "Is this (part of) a classifier: pooling, flatten, dropout, linear, loss, a container of these, or named like one?"
+    "Is this (part of) a classifier, or after it: pooling, dropout, linear, loss, metric, or named like one?"
     kind = type(module).__name__
     if isinstance(module, nn.Sequential) and len(module):
         if all(_is_head(n, m, inside=True) for n, m in module.named_children()): return True
     if inside and (isinstance(module, _IN_HEAD) or not _has_parameters(module)): return True
     if isinstance(module, _HEAD) or name in _HEAD_NAMES: return True
+    if hasattr(module, 'update') and hasattr(module, 'compute'): return True    # a metric of torchmetrics
     return 'Pool' in kind or 'Flatten' in kind or 'Classifier' in kind or kind.endswith(('Head', 'Loss'))
 
 def _ends_in_linear(module):
@@ -181,7 +182,8 @@ def _last_of(name, module):
 def _within(model, name, module):
     "`name`; or, if the classifier must be inside it, the part before the classifier there ('' if there is none)"
     alone = sum(_has_parameters(m) for _, m in _children(model)) == 1 and not _has_own_parameters(model)
-    if not _ends_in_linear(module) or not (alone or isinstance(module, _LISTS)): return _last_of(name, module)
+    holds_all = _ends_in_linear(module) or _named_by_model(module) is not None
+    if not holds_all or not (alone or isinstance(module, _LISTS)): return _last_of(name, module)
     inner = _before_classifier(module)
     return inner and f'{name}.{inner}'
 

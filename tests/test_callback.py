@@ -14,7 +14,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 
-from gini_loss.callback import CompiledMeasure, GiniLossCallback, count_classes, labels_of
+from gini_loss.callback import CompiledMeasure, GiniLossCallback, count_classes, labels_of, mixed_targets
 from gini_loss.losses import GiniKLLoss, Measured, pull
 from gini_loss.tap import FeatureTap
 from tiny import Pairs
@@ -431,6 +431,32 @@ def test_a_frozen_layer_is_fine_where_the_terms_are_not_trained_on(options):
         warnings.simplefilter('always')
         fit(frozen(GiniLossCallback('3', **options)), 2)
     assert not any('no gradient' in str(w.message) for w in told)
+
+
+# ---- Mixed labels ----
+
+
+@pytest.mark.parametrize('mix', ['MixUp', 'CutMix'])
+def test_labels_are_not_mixed_while_the_mixing_is_switched_off(mix):
+    "Its last partners must not be used again: with it off, an epoch has the loss of the plain labels"
+    from fastai.callback import mixup
+    from fastai.losses import CrossEntropyLossFlat
+
+    class Off(Callback):
+        order, run_valid, found = -20, False, []
+
+        def before_epoch(self):
+            self.mix = next(cb for cb in self.learn.cbs if isinstance(cb, mixup.MixHandler))
+            self.mix.run = self.epoch < 1
+
+        def after_loss(self):
+            self.found.append(type(mixed_targets(self.learn)).__name__)
+
+    off = Off()
+    learn = get_learner(getattr(mixup, mix)(), off, GiniLossCallback(start_epoch=0))
+    learn.loss_func = CrossEntropyLossFlat()
+    fit(learn, 2)
+    assert off.found == ['MixedTargets'] * 2 + ['Tensor'] * 2
 
 
 # ---- The class prior ----

@@ -180,6 +180,14 @@ class Head(nn.Module):
         self.l = nn.Linear(8, 3)
 
 
+class Metric(nn.Module):
+    "As in torchmetrics"
+
+    def update(self, pred, y): ...
+
+    def compute(self): ...
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
@@ -220,6 +228,14 @@ OWN = {
     ),
     'a network in a module with its losses': (
         lambda: parts(net=torchvision.models.resnet18(), loss=nn.CrossEntropyLoss(), aux=GiniKLLoss()),
+        'net.layer4',
+    ),
+    'a network that names its layer, behind a normalisation': (
+        lambda: nn.Sequential(nn.InstanceNorm2d(3), resnet17(N, width=8)),
+        '1.layer4',
+    ),
+    'a network that names its layer, with a metric': (
+        lambda: parts(net=resnet17(N, width=8), accuracy=Metric()),
         'net.layer4',
     ),
     'maps for logits, and a loss': (lambda: parts(stem=body(), last=body(), loss=nn.NLLLoss()), 'last'),

@@ -1190,6 +1190,10 @@ def test_no_false_warning_in_the_demonstration():
     assert [str(w.message) for w in caught if 'GiniLossCallback' in str(w.message)] == []
 
 
+def test_an_epoch_without_a_batch_is_not_judged():
+    assert health.find_problems(health.LayerEpoch()) == []
+
+
 def test_judging_goes_by_the_labels_of_all_processes():
     "The label mass is summed over processes: one class here may be several in the whole batch, and so is n"
     live, gini, kl = torch.ones(3, dtype=torch.bool), torch.tensor(0.75), torch.tensor(0.0)
