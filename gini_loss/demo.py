@@ -11,6 +11,7 @@ import argparse
 import difflib
 import io
 import math
+import numbers
 import shlex
 import shutil
 import sys
@@ -66,13 +67,14 @@ def _at_most(images, labels, per_class, seed):
 def _pick(names, classes):
     "Indices in `names` of the first `classes` classes, or of the classes named"
     if classes is None: return list(range(len(names)))
-    if isinstance(classes, int):
+    if isinstance(classes, str): raise TypeError(f"classes must be a number or a list of names, got {classes!r}")
+    if isinstance(classes, numbers.Integral):
         if not 2 <= classes <= len(names):
             raise ValueError(f"classes={classes}, but it must be a number from 2 to {len(names)}, or names")
         return list(range(classes))
     for c in classes:
         if c not in names:
-            near = difflib.get_close_matches(c, names, cutoff=.4) or names[:3]
+            near = difflib.get_close_matches(str(c), names, cutoff=.4) or names[:3]
             raise ValueError(f"there is no class {c!r} among the {len(names)} classes:"
                              f" did you mean {', '.join(map(repr, near))}?")
     if len(set(classes)) < max(2, len(classes)):

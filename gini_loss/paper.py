@@ -175,6 +175,13 @@ def _check_runs(results, metrics, by, baseline, treatments):
                          "them apart to `by`")
     return results
 
+def _check_fractions(values, column):
+    "ValueError unless all `values` of a column of accuracies lie between 0 and 1, or are missing"
+    outside = values[values.notna() & ~values.between(0, 1)]
+    if len(outside):
+        raise ValueError(f"column {column!r} must hold fractions in [0, 1], got {outside.iloc[0]!r}: divide percentages "
+                         "by 100")
+
 def _check_configurations(results, by):
     "ValueError if runs that belong together have different configurations, as far as `results` records them"
     for column, same in (('pair_hash', by), ('config_hash', [*by, 'loss'])):
@@ -195,16 +202,14 @@ def seed_pairs(
     """A row per pair of runs. Runs without a partner or without that accuracy are left out. ValueError if a loss has
     two runs of one seed"""
     by = [by] if isinstance(by, str) else list(by)
+    if not by: raise ValueError("by is empty: name at least one column that the two runs of a pair share, such as 'arch'")
     treatments = [treatments] if isinstance(treatments, str) else list(treatments)
     results = _check_runs(results, metrics, by, baseline, treatments)
     _check_configurations(results, by)
     parts = []
     for data, column in metrics.items():
         runs = results[[*by, 'loss', 'seed', column]].dropna(subset=[column])
-        outside = runs[column][~runs[column].between(0, 1)]
-        if len(outside):
-            raise ValueError(f"column {column!r} must hold fractions in [0, 1], got {outside.iloc[0]!r}: divide "
-                             "percentages by 100")
+        _check_fractions(runs[column], column)
         runs = runs.assign(**{column: 100*runs[column].astype(float)})
         ours = runs[runs['loss'].isin(treatments)].rename(columns={column: 'ours'})
         base = runs[runs['loss'] == baseline].rename(columns={column: 'baseline'}).drop(columns='loss')
@@ -312,6 +317,7 @@ def arm_pairs(
     if metric not in frame.columns:
         raise ValueError(f"the frame has no column {metric!r}: its columns are {', '.join(frame.columns)}")
     scale, parts = 100 if 'accuracy' in metric else 1, []
+    if scale == 100: _check_fractions(frame[metric], metric)
     for name, conditions in arms.items():
         ours = _one_configuration(_matching(frame, conditions, f"the arm {name!r}"), f"the arm {name!r}")
         base = _matching(frame, baseline, "the baseline")
@@ -440,6 +446,7 @@ def image_comparison(
 ) -> pd.DataFrame:
     """Each pair on its own, compared over the test images with `gini_loss.stats.paired_images`: a row per seed. The
     interval covers the draw of the test images, not other seeds"""
+    if data not in METRICS: raise ValueError(f"data must be {' or '.join(METRICS)}, got {data!r}")
     if runs.duplicated(['loss', 'seed']).any():
         raise ValueError("more than one run of a loss and a seed: select the runs of one network and configuration "
                          "before the call")
@@ -517,7 +524,7 @@ def with_minus(
 
 def _table_cell(value):
     "A value as the text of a Markdown cell; empty for None and NaN"
-    if value is None or value != value: return ''
+    if value is None or value is pd.NA or value != value: return ''
     return with_minus(str(value).replace('|', '\\|').replace('$', '\\$').replace('\n', ' '))
 
 def _is_numeric(column):

@@ -218,6 +218,14 @@ def test_copies_do_not_reach_the_test_set(tmp_path):
     assert 'left out as copies' in d.name
 
 
+def test_classes_are_a_number_or_a_list_of_names():
+    assert demo_data(classes=np.int64(3)).classes == ['0', '1', '2']
+    with pytest.raises(ValueError, match="no class 3 among the 10 classes: did you mean '3'"):
+        demo_data(classes=[3, 8])
+    with pytest.raises(TypeError, match="a number or a list of names, got '38'"):
+        demo_data(classes='38')
+
+
 def test_cifar100():
     from fastai.data.external import fastai_path
 

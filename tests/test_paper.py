@@ -211,6 +211,8 @@ def test_each_pair_over_the_images():
             assert r.only_with_loss - r.only_baseline == round(n * (a - b))
     with pytest.raises(ValueError, match="more than one run"):
         image_comparison(pd.concat([runs, runs]))
+    with pytest.raises(ValueError, match="CIFAR-100 or Caltech 101, got 'caltech'"):
+        image_comparison(runs, 'caltech')
     assert image_comparison(runs.iloc[:0]).empty
 
 
@@ -259,7 +261,7 @@ def test_the_list_of_studies_on_its_page_is_the_present_one(capsys):
 def test_tables_for_pages():
     "Names of layers and of files are text, not mathematics; columns that are empty throughout do not appear"
     frame = pd.DataFrame(
-        {'layer': ['a|b', 'c$d$'], 'gain': ['+1.00', '-0.50'], 'nothing': [None, float('nan')], 'blank': ['', '']}
+        {'layer': ['a|b', 'c$d$'], 'gain': ['+1.00', '-0.50'], 'nothing': [None, float('nan')], 'blank': ['', pd.NA]}
     )
     assert markdown_table(frame).split('\n') == [
         '| layer | gain |',

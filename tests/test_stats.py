@@ -568,6 +568,7 @@ def test_hashes_that_agree_are_no_hindrance():
         (lambda r: r, dict(treatments=('ce', 'both')), ValueError, "also among the treatments"),
         (lambda r: r.assign(seed=[None, *r.seed[1:]]), {}, ValueError, "column 'seed' has missing values"),
         (lambda r: r.assign(cifar=r.cifar * 100), {}, ValueError, "divide percentages by 100"),
+        (lambda r: r, dict(by=[]), ValueError, "by is empty"),
         (lambda r: r.assign(pair_hash=[*'abababab', 'a', 'a']), {}, ValueError, "must not be mixed.*'pair_hash'"),
         (lambda r: r.assign(config_hash=[*'abababab', 'c', 'b']), {}, ValueError, "must not be mixed.*'config_hash'"),
     ],
@@ -665,6 +666,7 @@ def test_seeds_without_a_partner_and_missing_values_are_left_out():
     [
         (lambda r: r, dict(both=dict(loss='both')), 'luck', "no column 'luck'"),
         (lambda r: r, dict(both=dict(lambda_gini=0.5)), 'test_accuracy', "has no column lambda_gini"),
+        (lambda r: r.assign(test_accuracy=70.0), dict(both=dict(weight=0.5)), 'test_accuracy', "divide percentages by"),
         (lambda r: r, dict(both=dict(loss='both')), 'test_accuracy', "several configurations"),
         (lambda r: pd.concat([r, r[-1:]]), dict(heavy=dict(weight=5.0)), 'test_accuracy', "two runs of seed 4"),
     ],
