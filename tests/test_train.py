@@ -326,10 +326,14 @@ def test_schedules():
     assert np.allclose(learn.epoch_log.columns['lr'], [0.01, 0.01, 0.01, 0.005, 0.005, 0.0025])
 
 
-def test_the_total_has_the_terms_from_their_first_epoch_on(tmp_path):
-    epochs = run(small(start_epoch=1, lambda_gini=0.5, lambda_kl=2.0), tmp_path)['epochs']
+def test_the_total_has_the_terms_from_their_first_epoch_on_and_the_best_epoch_is_named(tmp_path):
+    record = run(small(start_epoch=1, lambda_gini=0.5, lambda_kl=2.0, epochs=4), tmp_path)
+    epochs, best = record['epochs'], record['best']
+    accuracies = epochs['valid_accuracy']
+    assert (best['epoch'], best['valid_accuracy']) == (accuracies.index(max(accuracies)), max(accuracies))
+    assert record['last']['epoch'] == 3
     loss, gini, kl = (np.array(epochs[f'train_{name}']) for name in ('loss', 'gini', 'kl'))
-    assert epochs['train_total'] == pytest.approx(loss + np.array([0, 1, 1]) * (0.5 * gini + 2 * kl))
+    assert epochs['train_total'] == pytest.approx(loss + np.array([0, 1, 1, 1]) * (0.5 * gini + 2 * kl))
 
 
 def test_the_first_of_the_best_epochs_is_kept():
