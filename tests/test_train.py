@@ -11,6 +11,8 @@ import torch
 warnings.filterwarnings('ignore', category=FutureWarning)
 from gini_loss import checkpoint as checkpoints, records, train as engine
 from gini_loss.datasets import CALTECH12, load_caltech12
+from gini_loss.losses import diagnostics
+from gini_loss.tap import FeatureTap
 from gini_loss.train import (
     CheckpointError,
     Config,
@@ -968,6 +970,24 @@ def test_a_run_that_is_done_says_so(tmp_path, capsys):
     assert main(args) == 0
     out = capsys.readouterr().out
     assert 'is done: its record is' in out and out.count('\n') == 1
+
+
+def test_the_last_relu_of_resnet17_is_there_unless_the_configuration_says_so():
+    x = torch.rand(8, 3, 32, 32)
+    found = [engine.build_model(small(arch='resnet17', final_relu=on), 10).eval()(x).min() for on in (True, False)]
+    assert found[0] >= 0 > found[1]
+
+
+def test_the_terms_over_the_validation_images_have_the_options_of_the_configuration():
+    c = small(arch='cvt7', width=6, epochs=1, start_epoch=0, rectify='relu', reverse_kl=True)
+    dls = build_dls(c, device='cpu')
+    learn = build_learner(c, dls)
+    learn.fit(1)
+    model, layer = learn.plain_model, FeatureTap(learn.plain_model, c.layer).name
+    features = engine.predict(model, dls.valid, layer, 'relu')[1]
+    expected = diagnostics(features, dls.valid.dataset.labels, dls.c, reverse_kl=True)
+    found = [learn.epoch_log.columns[name][-1] for name in ('valid_gini', 'valid_kl')]
+    assert found == pytest.approx([expected.gini, expected.kl], rel=1e-4)
 
 
 def test_resnet17_without_its_last_relu_trains(tmp_path):
