@@ -144,6 +144,17 @@ def _open_plain(path):
     if path.is_symlink(): raise OSError(f"the lock {str(path)!r} is a symlink, expected a plain file: remove it")
     return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)
 
+def _check_locks_work(handle, path):
+    "OSError, which says what to do, on a file system that cannot lock files, as some network drives"
+    if fcntl is None: return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    except (BlockingIOError, PermissionError): pass # another process holds the lock
+    except OSError as e:
+        problem = f"the file system of {str(path)!r} cannot lock files ({e.strerror})"
+        raise OSError(e.errno, f"{problem}: choose another folder for the checkpoints") from None
+
 def _is_same_file(handle, path):
     try: return os.path.samestat(os.fstat(handle), os.stat(path))
     except FileNotFoundError: return False
@@ -164,6 +175,7 @@ class RunLock:
         "Lock the file. False if the last owner removed it before we had the lock: then it must be opened again"
         handle = _open_plain(self.path)
         try:
+            _check_locks_work(handle, self.path)
             owner = os.read(handle, 100).decode(errors='replace').strip()
             try: self._lock.acquire()
             except Timeout:
@@ -193,7 +205,8 @@ def is_locked(
     except OSError: return False
     with file:
         try: fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError: return True
+        except (BlockingIOError, PermissionError): return True
+        except OSError: return False # nothing can be locked on this file system
     return False
 
 def _is_taken(path):

@@ -292,7 +292,7 @@ class DeviceLoader(DataLoader):
     # -- what fastai calls
 
     def new(self,
-        dataset: 'ImageDataset | Sequence | None' = None, # Another data set, or a list of images of one size
+        dataset: 'ImageDataset | Sequence | None' = None, # Another data set, or a list of files, images or arrays
         cls: type | None = None, # Class of the new loader
         num_workers: int | None = None, # Ignored: no workers
         **kwargs: Any # Arguments of `DeviceLoader` to change
@@ -309,10 +309,14 @@ class DeviceLoader(DataLoader):
         return (cls or type(self))(dataset, **{**settings, **kwargs})
 
     def _as_image(self, o):
-        "A PIL image or an array as a tensor (channels, height, width)"
+        "An array, or a file or PIL image resized to the images of this loader, as a tensor (channels, height, width)"
+        if isinstance(o, (str, Path)):
+            with Image.open(o) as file: o = to_rgb(file)
         if not isinstance(o, Image.Image): return torch.as_tensor(o)
-        if len(self.mean) == 1: return torch.from_numpy(np.array(to_rgb(o).convert('L'))[None])
-        return torch.from_numpy(np.array(to_rgb(o)).transpose(2, 0, 1))
+        height, width = self.dataset.images.shape[2:]
+        image = to_rgb(o).resize((width, height), Image.Resampling.BILINEAR)
+        if len(self.mean) == 1: return torch.from_numpy(np.array(image.convert('L'))[None])
+        return torch.from_numpy(np.array(image).transpose(2, 0, 1))
 
     def decode(self, b: tuple) -> tuple:
         "The images of a batch as uint8 on the CPU, with the rest of the batch"

@@ -148,7 +148,7 @@ def _check_digests(record, data, arrays_data):
 def record_text(
     record: dict[str, Any], # dict, see `SCHEMA`
 ) -> str:
-    "The JSON text of a record, one line per field and each list on one line; numbers that are not finite become null"
+    "The JSON text of a record, a line per field; in `epochs` a list per line, and null for numbers that are not finite"
     def short(v):
         if not isinstance(v, float): return v
         return float(f'{v:.7g}') if math.isfinite(v) else None
@@ -424,6 +424,8 @@ def paired_runs(
         if side.config_hash.nunique() != 1:
             raise ValueError(f"the {name} must be runs of one configuration, got {side.config_hash.nunique()}: see "
                              "select_runs")
+        twice = side.seed[side.seed.duplicated()].tolist()
+        if twice: raise ValueError(f"the {name} has seed {twice[0]} more than once: keep one run of each seed")
     if baseline.pair_hash.iloc[0] != treatment.pair_hash.iloc[0]:
         fields = [name for name in Config.__annotations__ if name not in MAY_DIFFER and name in baseline]
         pairs = {name: (baseline[name].iloc[0], treatment[name].iloc[0]) for name in fields}

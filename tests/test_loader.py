@@ -19,7 +19,7 @@ from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
 from torchvision.transforms import functional as TF
 
-from gini_loss.datasets import find_duplicates, load_cifar100, split_train_valid
+from gini_loss.datasets import find_duplicates, load_cifar100, read_images, split_train_valid
 from gini_loss.loader import (
     CIFAR100_MEAN,
     CIFAR100_STD,
@@ -420,6 +420,15 @@ def test_learner_fits_and_predicts(learn, tmp_path):
     with learn.no_logging():
         assert learn.lr_find(show_plot=False, num_it=30, suggest_funcs=SuggestionMethod.Valley).valley > 0
     assert ClassificationInterpretation.from_learner(learn).confusion_matrix().sum() == 23
+
+
+def test_files_and_photographs_are_resized_before_a_prediction(learn, tmp_path):
+    "As `read_images` does, so that the network sees what it was trained on"
+    pixels = make_set(12)[0].permute(0, 2, 3, 1).reshape(96, 128, 3)
+    Image.fromarray(pixels.numpy()).save(tmp_path / 'photo.png')
+    expected = learn.predict(torch.from_numpy(read_images([tmp_path / 'photo.png'], 32)[0]))[2]
+    for photo in (tmp_path / 'photo.png', str(tmp_path / 'photo.png'), Image.open(tmp_path / 'photo.png')):
+        torch.testing.assert_close(learn.predict(photo)[2], expected, rtol=0, atol=0)
 
 
 def test_learner_exports_without_images(learn, tmp_path):

@@ -472,6 +472,8 @@ def test_select_and_pair(made):
     assert pairs.seed.tolist() == [0, 1] and np.allclose(pairs.difference, both.test_accuracy - ce.test_accuracy)
     with pytest.raises(ValueError, match='lr'):
         paired_runs(select_runs(runs, lr=0.02), both)
+    with pytest.raises(ValueError, match='the treatment has seed 0 more than once'):
+        paired_runs(ce, pd.concat([both, both]))
     with pytest.raises(ValueError, match='no run has'):
         select_runs(runs, loss='gini')
     with pytest.raises(ValueError, match='no column'):

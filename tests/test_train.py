@@ -1,6 +1,6 @@
 "The training engine on synthetic images: equal seeds, interruptions, damaged files, several processes, switches."
 
-import json, os, signal, subprocess, sys, threading, time, types, warnings
+import errno, json, os, signal, subprocess, sys, threading, time, types, warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -1185,6 +1185,18 @@ def test_looking_does_not_change_the_lock(tmp_path):
             and (tmp_path / 'a.lock').read_bytes() == before == f'process {os.getpid()}'.encode()
         )
     assert not is_locked(tmp_path / 'none.lock') and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(checkpoints.fcntl is None, reason="Windows locks files in another way")
+@pytest.mark.parametrize('number', [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, number):
+    def flock(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(checkpoints.fcntl, 'flock', flock)
+    assert main([*SHORT, *where(tmp_path)]) == 1
+    assert 'cannot lock files' in (err := capsys.readouterr().err) and 'choose another folder for the checkp' in err
+    assert not any(is_locked(file) for file in (tmp_path / 'c').iterdir())
 
 
 def test_a_link_is_no_lock(tmp_path):
