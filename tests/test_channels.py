@@ -309,6 +309,15 @@ def test_the_toy_by_hand():
     assert e.in_words()[0].startswith('0: channel 0 (0, 100% pure) 89%')
 
 
+def test_a_share_is_of_the_positive_evidence_and_a_channel_against_the_class_has_none():
+    model = toy()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1, -0.5, 0.5], [0, 0.1, 0]]))
+    e = explain(model, torch.tensor([[3.0, 2, 2]]), P[:3], '0', k=3)  # for class 0: 3 - 1 + 1
+    torch.testing.assert_close(e.evidence[0], torch.tensor([3.0, 1, -1]))
+    torch.testing.assert_close(e.share[0], torch.tensor([0.75, 0.25, 0]))
+
+
 def test_evidence_is_exact_where_the_rest_is_linear():
     model, x = Residual().eval(), torch.rand(5, 3, 8, 8)
     e = explain(model, x, uniform(6, 4), 'norm', k=6)
