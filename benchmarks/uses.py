@@ -83,7 +83,12 @@ def main():
     parser.add_argument('--data-root', default=None, help="folder of CIFAR-100 (fastai's data folder)")
     parser.add_argument('--out', default='uses.csv')
     args = parser.parse_args()
-    rows = [measure(path, args.data_root) for path in sorted(Path(args.folder).glob('*.safetensors'))]
+    paths = sorted(Path(args.folder).glob('*.safetensors'))
+    if not paths:
+        parser.error(
+            f'no networks (*.safetensors) in {args.folder}: `gini_study twelve --weights {args.folder}` keeps them'
+        )
+    rows = [measure(path, args.data_root) for path in paths]
     table = pd.DataFrame(rows).sort_values(['loss', 'class_prior', 'seed']).round(4)
     table.to_csv(args.out, index=False)
     print(table.groupby(['loss', 'class_prior']).mean(numeric_only=True).round(3).T.to_string())
