@@ -277,6 +277,7 @@ class GiniLossCallback(Callback):
         _check_function(mask, 'mask', "learn.x")
         build = GiniKLLoss if running is None else partial(RunningGiniKLLoss, n_batches=running)
         options: Any = dict(rectify=rectify, reverse_kl=reverse_kl, n_classes=n_classes, distributed=distributed)
+        if channel_dim is not None: options['channel_dim'] = channel_dim
         self.losses = [build(g, k, **options) for g, k in zip(*weights)]
         self.start_epoch, self.n_classes, self.channel_dim = int(start_epoch), self.losses[0].n_classes, channel_dim
         self.ignore_index, self.select, self.class_prior, self.mask = ignore_index, select, class_prior, mask

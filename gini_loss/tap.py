@@ -169,6 +169,7 @@ def _ends_in_linear(module):
 
 # %% ../nbs/10_tap.ipynb #7b2dfff0
 _LISTS = nn.Sequential, nn.ModuleList
+_EMBEDDINGS = nn.Embedding, nn.EmbeddingBag
 
 def _children(model):
     "Name and module of each part, without wrappers, and without auxiliary classifiers, which run in training only"
@@ -239,7 +240,7 @@ def _in_front_of_the_head(model):
     rest, classifier = _children(model), False
     while rest and (_is_head(*rest[-1]) or not classifier and _is_behind_classifier(rest)):
         classifier |= _has_parameters(rest.pop()[1])
-    if not rest: return None
+    if not rest or isinstance(rest[-1][1], _EMBEDDINGS): return None
     if _of_transformers(model):
         name, module = rest[-1]
         of_timm = _listed_by_timm(module)

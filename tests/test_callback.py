@@ -139,6 +139,12 @@ def test_what_is_no_number_of_classes(n):
         GiniLossCallback(n_classes=n)
 
 
+@pytest.mark.parametrize('dim', ['x', 0, 1.0])
+def test_what_is_no_channel_dim(dim):
+    with pytest.raises((TypeError, ValueError), match="channel_dim"):
+        GiniLossCallback(channel_dim=dim)
+
+
 def test_the_number_of_classes_checks_labels():
     with pytest.raises(ValueError, match="layer '3': label 3 is not below n_classes=3"):
         fit(get_learner(GiniLossCallback(start_epoch=0, n_classes=np.int64(3))))

@@ -238,6 +238,10 @@ OWN = {
         lambda: parts(net=resnet17(N, width=8), accuracy=Metric()),
         'net.layer4',
     ),
+    'an embedding and two linear layers': (
+        lambda: parts(embed=nn.Embedding(9, 8), body=nn.Linear(8, 6), head=nn.Linear(6, 3)),
+        'body',
+    ),
     'maps for logits, and a loss': (lambda: parts(stem=body(), last=body(), loss=nn.NLLLoss()), 'last'),
     'a convolutional network within': (
         lambda: parts(net=nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))),
