@@ -76,7 +76,8 @@ class RunningGiniKLLoss(GiniKLLoss):
         "Restore what `get_extra_state` returned"
         storage = state.untyped_storage()
         packed = state.new_empty(0).set_(storage, 0, (storage.nbytes() // state.element_size(),)).to(self.means.device)
-        c, n = map(int, packed[1:3].tolist()) if len(packed) > 2 else (0, 0)
+        c, n = packed[1:3].tolist() if len(packed) > 2 else (0, 0)
+        c, n = (int(c), int(n)) if len(packed) == 3 + n + c*n else (0, 0)   # else only the scalar is here
         if state.item() and not n:
             warnings.warn("the averages of RunningGiniKLLoss are not in this state dict and start anew: torch.save and"
                           " copy.deepcopy keep them, other formats and copies of each tensor do not", stacklevel=2)

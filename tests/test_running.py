@@ -173,7 +173,12 @@ def test_state_is_saved_moved_and_forgotten():
     assert not list(loss.parameters()) and 'n_batches=4' in repr(loss)
 
 
-@pytest.mark.parametrize('copy_of', [torch.clone, torch.Tensor.double], ids=['clone', 'double'])
+def within_another(x):
+    "The same number as a view of a buffer that holds other tensors too"
+    return torch.cat([x.flatten(), torch.ones(30, dtype=x.dtype)])[0]
+
+
+@pytest.mark.parametrize('copy_of', [torch.clone, torch.Tensor.double, within_another])
 def test_a_copy_of_the_state_without_the_averages_is_told(copy_of):
     "Each tensor of a state dict copied for itself: the averages are not in it. A state before the first batch has none"
     loss = RunningGiniKLLoss(n_classes=3)
