@@ -92,6 +92,10 @@ def check_record(
     _check_type(record, {**SCHEMA, **{k: v for k, v in _OPTIONAL.items() if k in record}}, '')
     sessions = {name: SCHEMA[name] for name in ('hardware', 'versions', 'source')}
     for i, session in enumerate(record.get('earlier', [])): _check_type(session, sessions, f'earlier.{i}')
+    unknown = sorted(set(record['config']) - set(Config.__annotations__))
+    if unknown:
+        raise ValueError(f"its configuration has {', '.join(unknown)}, unknown to this version: a later version of "
+                         "gini_loss wrote it, so update gini_loss")
     try: config = Config(**record['config'])
     except (TypeError, ValueError) as e: raise ValueError(f"its configuration is not valid: {e}") from None
     _check_names(record, config)

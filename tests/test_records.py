@@ -426,6 +426,14 @@ def test_hidden_files_and_folders_are_passed_over(tmp_path):
 # ---- the clock
 
 
+def test_a_configuration_of_a_later_version(tmp_path):
+    record, arrays = made_up_record(small())
+    record['config']['speed'] = 9
+    write_record(tmp_path, record, arrays)
+    with pytest.raises(RecordError, match='has speed, unknown to this version.*update gini_loss'):
+        load_results(tmp_path)
+
+
 def test_a_configuration_survives_csv(tmp_path):
     "Also those with tuples, words and no values"
     configs = [small(milestones=(1, 3), layer='layer3'), recipe('twelve', seed=3), small(milestones=(), loss='ce')]
