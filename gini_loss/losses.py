@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from .fused import mean_rectified
 from .ranks import Ranks
-from gini_loss.targets import (check_activations, check_class_count, check_class_means, check_class_prior, check_class_probs,
-    check_finite, check_pooled, check_reverse, check_settings, check_weight, gradient_at, in_double, label_matrix,
-    restrict_prior)
+from .targets import (check_activations, check_class_count, check_class_means, check_class_prior,
+    check_class_probs, check_finite, check_pooled, check_reverse, check_settings, check_weight, gradient_at, in_double,
+    label_matrix, restrict_prior)
 
 # %% ../nbs/01_activations.ipynb #8ca1c491
 def pool(

@@ -800,7 +800,7 @@ def train(
     weights: str | Path | None = None, # folder for the trained network, as safetensors; None: do not keep it
     log: str | None = None, # 'tensorboard' or 'wandb': log the numbers of each epoch there
     log_folder: str | Path = 'logs', # folder for the files of the log
-    cuda_graphs: bool = False, # on a GPU: the same numbers, faster for small batches; not together with `compile`
+    cuda_graphs: bool = False, # on a GPU: the same kernels launched at once, faster for small batches; not with `compile`
 ) -> dict | None:
     """Train or continue a run, write its record and return it; None if the deadline came first. Raises RunLocked,
     CheckpointError, ValueError or OSError (DataNotFound without the images)"""
