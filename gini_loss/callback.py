@@ -23,7 +23,7 @@ from .losses import GiniKLLoss, Measured
 from .ranks import sum_over_ranks, world_size
 from .running import RunningGiniKLLoss
 from .tap import FeatureTap, find_channel_dim, find_layer, is_compiled
-from .targets import MixedTargets, check_class_prior, in_double, is_integer
+from .targets import MixedTargets, check_class_prior, gradients_at, in_double, is_integer
 
 # %% ../nbs/11_callback.ipynb #62340f24
 def _as_list(x): return list(x) if isinstance(x, (list, tuple)) else [x]
@@ -162,25 +162,6 @@ class CompiledMeasure:
         return in_double(torch.autograd.grad(measured.gini + measured.kl, leaf)[0])
 
 # %% ../nbs/11_callback.ipynb #d1a63620
-def _gradients(loss, at):
-    "Gradient of a scalar at each tensor; `None` where it was not computed from it, or the tensor has no graph"
-    with_graph = [A for A in at if A.requires_grad]
-    if not with_graph or not loss.requires_grad: return [None]*len(at)
-    found = iter(_unscaled_gradients(loss, with_graph))
-    return [next(found) if A.requires_grad else None for A in at]
-
-def _unscaled_gradients(loss, at):
-    "Gradients, with the loss scaled up for float16, where small ones would be zero; the first scale without overflow"
-    half = any(A.dtype == torch.float16 for A in at)
-    for scale in ((2.**15, 2.**8) if half else ()):
-        found = _scaled_gradients(loss, at, scale)
-        if all(g is None or bool(g.isfinite().all()) for g in found): return found
-    return _scaled_gradients(loss, at, 1.)
-
-def _scaled_gradients(loss, at, scale):
-    found = torch.autograd.grad(loss*scale, at, retain_graph=True, allow_unused=True)
-    return [g if g is None else in_double(g.as_subclass(torch.Tensor))/scale for g in found]
-
 def _uncompiled_pass(learn, taps):
     "The main loss of the batch and the activations, from a forward pass that does not change the model"
     device = next(learn.model.parameters()).device
@@ -435,7 +416,7 @@ class GiniLossCallback(Callback):
         loss, at = self.learn.loss_grad, taken
         if is_compiled(self.learn.model): loss, at = _uncompiled_pass(self.learn, [layer.tap for layer in self._layers])
         found = []
-        for layer, A, g in zip(self._layers, at, _gradients(loss, at)):
+        for layer, A, g in zip(self._layers, at, gradients_at(at, loss)):
             terms = layer.term_norms(A, y, mask)
             main = terms[0]*float('nan') if g is None else g.square().sum()
             if g is None and A.requires_grad: self._warn_once(layer, 'no pull', _NO_PULL)

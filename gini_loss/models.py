@@ -113,7 +113,13 @@ def summarize(
 def _count_operations(model, size):
     "Output shape of each part, in the order in which they run, and the operations of each module by torch's counter"
     shapes, counter = {}, FlopCounterMode(display=False)
-    def note(name): return lambda part, inputs, output: shapes.update({name: tuple(output.shape)})
+    def note(name):
+        def keep_shape(part, inputs, output):
+            if not isinstance(output, torch.Tensor):
+                raise TypeError(f"part {name!r} returns {type(output).__name__}, expected a tensor: call summarize on"
+                                " parts of the network that return tensors")
+            shapes[name] = tuple(output.shape)
+        return keep_shape
     hooks = [part.register_forward_hook(note(name)) for name, part in model.named_children()]
     modes = [(part, part.training) for part in model.modules()]
     blank = next(model.parameters()).new_zeros(1, getattr(model, 'in_channels', 3), size, size)
@@ -350,6 +356,10 @@ def save_network(
         raise TypeError(f"config must hold numbers, strings and lists of them: {e}") from None
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
     state = {k.replace('_orig_mod.', ''): v for k, v in model.state_dict().items()}     # torch.compile adds this part
+    other = next((k for k, v in state.items() if not isinstance(v, torch.Tensor)), None)
+    if other is not None:
+        raise TypeError(f"{other!r} in the state dict is {type(state[other]).__name__}, expected a tensor: safetensors"
+                        " cannot hold it, so use torch.save")
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
     write_whole(path, save(tensors, metadata=dict(format='gini_loss 1', **texts)))
 

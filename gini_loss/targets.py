@@ -8,7 +8,7 @@ __all__ = ['REGRESSION', 'hidden', 'require', 'is_integer', 'check_count', 'othe
            'MixedTargets', 'check_class_count', 'no_classes', 'check_labels', 'check_soft_shape', 'check_soft_values',
            'check_target_shape', 'check_targets', 'LabelMatrix', 'choose_columns', 'label_matrix', 'by_class',
            'ClassPrior', 'check_class_prior', 'restrict_prior', 'check_pooled', 'check_finite', 'check_class_means',
-           'check_class_probs', 'check_reverse', 'check_settings', 'gradient_at', 'check_weight']
+           'check_class_probs', 'check_reverse', 'check_settings', 'gradients_at', 'gradient_at', 'check_weight']
 
 # %% ../nbs/08_targets.ipynb #1aea1d1c
 import warnings
@@ -429,21 +429,27 @@ def check_settings(rectify: Any, channel_dim: Any) -> tuple[str, Any]:
                          " use an integer other than 0 (dimension 0 is the batch)")
     return rectify, channel_dim
 
+def gradients_at(tensors: list, loss: torch.Tensor) -> list:
+    "Gradient of a scalar `loss` at each tensor, in double precision; None where it was not computed from it"
+    with_graph = [A for A in tensors if A.requires_grad]
+    if not with_graph or not loss.requires_grad: return [None]*len(tensors)
+    half = any(A.dtype == torch.float16 for A in with_graph)    # small gradients would be zero in float16
+    for scale in ((2.**15, 2.**8, 1.) if half else (1.,)):
+        found = torch.autograd.grad(loss*scale, with_graph, retain_graph=True, allow_unused=True)
+        if scale == 1 or all(g is None or g.isfinite().all() for g in found): break
+    gradients = iter(g if g is None else in_double(g.as_subclass(torch.Tensor))/scale for g in found)
+    return [next(gradients) if A.requires_grad else None for A in tensors]
+
 def gradient_at(A: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-    "Gradient of `loss` at the activations, in float64; its graph is kept. Raises an error if it does not depend on them"
+    "Gradient of `loss` at the activations, in double precision. Raises an error if it was not computed from them"
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}: call .mean()" if isinstance(loss, torch.Tensor) else type(loss).__name__
         raise ValueError(f"loss must be a scalar tensor, got {got}")
-    scales = (2.**15, 2.**8, 1.) if A.dtype == torch.float16 else (1.,)    # small gradients would be zero in float16
-    for scale in scales:
-        gradient = None
-        if A.requires_grad and loss.requires_grad:
-            gradient, = torch.autograd.grad(loss*scale, A, retain_graph=True, allow_unused=True)
-        if gradient is None:
-            raise ValueError("loss was not computed from these activations: pass the layer's output itself, from the"
-                             " same forward pass, not a detached or converted copy")
-        if gradient.isfinite().all(): break
-    return in_double(gradient)/scale
+    gradient, = gradients_at([A], loss)
+    if gradient is None:
+        raise ValueError("loss was not computed from these activations: pass the layer's output itself, from the"
+                         " same forward pass, not a detached or converted copy")
+    return gradient
 
 def check_weight(value: Any, name: str) -> float:
     "A weight of Eq. 8 as a float. Raises an error if it is negative or not finite"

@@ -168,3 +168,13 @@ def test_an_earlier_file_stays_until_the_new_one_is_whole(kept, tmp_path):
     assert kept.read_bytes() == before
     save_network(kept, resnet18(3, 4, 1), dict(arch='resnet18', width=4, in_channels=1), list('abc'))
     assert kept.read_bytes() != before and [o.name for o in tmp_path.iterdir()] == ['net.safetensors']
+
+
+def test_a_state_that_is_not_a_tensor(tmp_path):
+    class Noted(torch.nn.Linear):
+        def get_extra_state(self):
+            return {'note': 1}
+
+    with pytest.raises(TypeError, match="'_extra_state' in the state dict is dict, expected a tensor"):
+        save_network(tmp_path / 'a.safetensors', Noted(2, 2), {}, ['a', 'b'])
+    assert not list(tmp_path.iterdir())

@@ -520,3 +520,17 @@ def test_heads_must_divide_channels():
         ConvAttention(256, 6)
     with pytest.raises(ValueError, match='10 channels for 3 heads'):
         ConvTransformerBlock(10, 3)
+
+
+def test_summary_of_parts_that_return_several_tensors():
+    class Pair(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.both = torch.nn.LSTM(3, 4)
+
+        def forward(self, x):
+            return self.both(x.flatten(2).movedim(1, -1))[0]
+
+    with pytest.raises(TypeError, match="part 'both' returns tuple, expected a tensor"):
+        summarize(model := Pair(), 4)
+    assert not model.both._forward_hooks
