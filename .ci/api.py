@@ -1,5 +1,6 @@
 """Write the pages of the API, one notebook per module: an entry for each public name, and below it the examples that
-the notebook has there already. Write examples in the notebooks; this script changes only the entries around them.
+the notebook has there already. Write examples in the notebooks, without headings of the second level; this script changes
+only the entries around them.
 
 `--check` lists the pages that are out of date. It does not compare line numbers of the source.
 """
@@ -16,7 +17,7 @@ from gini_loss.api import Entry, constants, is_described, overview, public_modul
 
 NBS = root / "nbs"
 COLAB = f"https://colab.research.google.com/github/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/nbs"
-ENTRY = re.compile(r"^show_doc\(\w+\.(\w+)\)", re.M)
+ENTRY = re.compile(r"^show_doc\(\w+\.(\w+), title_level=0\)", re.M)
 
 
 def lines(source):
@@ -44,7 +45,7 @@ def examples(path):
         source = text(cell["source"])
         if entry := ENTRY.search(source):
             name = entry.group(1)
-        elif source.startswith("## Constants") or "Markdown(constants(" in source:
+        elif source.startswith("## ") or "Markdown(constants(" in source:
             continue
         else:
             found.setdefault(name, []).append(cell)
@@ -75,8 +76,10 @@ def page_cells(module, path):
         symbol = getattr(module, name)
         if not is_described(symbol):
             continue
-        entry = Entry(symbol, name, title_level=2)
-        out.append(code_cell(f"#| echo: false\nshow_doc({short}.{name})", entry._repr_markdown_(), repr(entry)))
+        entry = Entry(symbol, name, title_level=0)
+        out.append(markdown_cell(f"## {name}\n\n{entry.description()}".strip()))
+        call = f"#| echo: false\nshow_doc({short}.{name}, title_level=0)"
+        out.append(code_cell(call, entry._repr_markdown_(), repr(entry)))
         out += kept.get(name, [])
     if table := constants(module):
         out.append(markdown_cell("## Constants"))

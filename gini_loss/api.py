@@ -140,7 +140,7 @@ class Entry:
     def __init__(self,
         sym: Any, # a function or a class
         name: str | None = None, # what to call it; None: its own name
-        title_level: int = 3, # level of its heading
+        title_level: int = 3, # level of its heading; 0: without heading and description
     ) -> None:
         self.sym, self.title_level = sym, title_level
         self.name = name or getattr(sym, '__qualname__', str(sym))
@@ -154,21 +154,25 @@ class Entry:
         if not module.startswith('gini_loss.'): return ''
         return f"[source]({SOURCE}/{module.split('.')[1]}.py#L{line})"
 
+    def description(self) -> str:
+        "The docstring as Markdown, or ''"
+        text = (inspect.getdoc(self.sym) or '').rstrip('.')
+        return text and text + '.'
+
     def _repr_markdown_(self):
-        parts = [f"{'#'*self.title_level} {self.name}", self._source()]
-        parts.append(f"```python\n{signature_of(self.sym, self.name)}\n```")
-        parts.append((inspect.getdoc(self.sym) or '').rstrip('.') + '.')
+        parts = [self._source(), f"```python\n{signature_of(self.sym, self.name)}\n```"]
+        if self.title_level: parts = [f"{'#'*self.title_level} {self.name}", *parts, self.description()]
         rows = _argument_rows(self.sym)
         if rows: parts.append(_table(('argument', 'type', 'default', 'what it is'), rows))
         methods = _methods(self.sym) if inspect.isclass(self.sym) else []
         if methods: parts.append(_table(('method', 'what it does'), methods))
-        return '\n\n'.join(part for part in parts if part not in ('', '.'))
+        return '\n\n'.join(part for part in parts if part)
 
     def __repr__(self): return f"Entry({self.name})"
 
 def show_doc(
     sym: Any, # a function or a class
-    title_level: int = 2, # level of its heading
+    title_level: int = 2, # level of its heading; 0: without heading and description
 ) -> Entry: # to end a cell with
     "The entry of one public name"
     return Entry(sym, title_level=title_level)

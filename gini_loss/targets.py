@@ -429,16 +429,23 @@ def check_settings(rectify: Any, channel_dim: Any) -> tuple[str, Any]:
                          " use an integer other than 0 (dimension 0 is the batch)")
     return rectify, channel_dim
 
+def _scaled_gradients(tensors, loss, scale):
+    found = torch.autograd.grad(loss*scale, tensors, retain_graph=True, allow_unused=True)
+    return [g if g is None else in_double(g.as_subclass(torch.Tensor))/scale for g in found]
+
+def _is_finite(gradients): return all(g is None or g.isfinite().all() for g in gradients)
+
 def gradients_at(tensors: list, loss: torch.Tensor) -> list:
     "Gradient of a scalar `loss` at each tensor, in double precision; None where it was not computed from it"
-    with_graph = [A for A in tensors if A.requires_grad]
+    with_graph = {i: A for i, A in enumerate(tensors) if A.requires_grad}
     if not with_graph or not loss.requires_grad: return [None]*len(tensors)
-    half = any(A.dtype == torch.float16 for A in with_graph)    # small gradients would be zero in float16
+    at = list(with_graph.values())
+    half = any(A.dtype == torch.float16 for A in at)            # small gradients would be zero there
     for scale in ((2.**15, 2.**8, 1.) if half else (1.,)):
-        found = torch.autograd.grad(loss*scale, with_graph, retain_graph=True, allow_unused=True)
-        if scale == 1 or all(g is None or g.isfinite().all() for g in found): break
-    gradients = iter(g if g is None else in_double(g.as_subclass(torch.Tensor))/scale for g in found)
-    return [next(gradients) if A.requires_grad else None for A in tensors]
+        gradients = _scaled_gradients(at, loss, scale)
+        if half and _is_finite(gradients): break
+    found = dict(zip(with_graph, gradients))
+    return [found.get(i) for i in range(len(tensors))]
 
 def gradient_at(A: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
     "Gradient of `loss` at the activations, in double precision. Raises an error if it was not computed from them"

@@ -370,7 +370,7 @@ def test_every_name_of_the_contract_has_an_entry_with_an_example():
         name = None
         for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
             source = ''.join(cell['source'])
-            if entry := re.search(r'^show_doc\(\w+\.(\w+)\)', source, re.M):
+            if entry := re.search(r'^show_doc\(\w+\.(\w+), title_level=0\)', source, re.M):
                 name = entry.group(1)
                 assert cell['outputs'], f'the entry of {name} is empty'
             elif name is not None:
